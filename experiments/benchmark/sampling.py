@@ -28,7 +28,6 @@ from tdc_ray.pruning.criteria.random import random_scores
 from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.proxies.by_score import sorted_scores, uniform_scheme
 from tdc_ray.pruning.space import space_of
-from tdc_ray.runs.collect_results import mean_over_sampling_steps
 from tdc_ray.runs.pipelines import pipeline_index
 
 PEER, BASE, EXPERTS = "DDIMPipeline", "ours, base", "ours, experts"
@@ -58,6 +57,9 @@ def save_experts(config: RunConfig, unet: UNet2DModel, folder: Path) -> float:
     Returns:
         The mean of their macs over the sampling steps, as a share of the base's.
     """
+    # brings Ray along, which all else here, and so gpu.py, does without
+    from tdc_ray.runs.collect_results import mean_over_sampling_steps
+
     settings = base_unet(config.model, config.conditioning)
     space = space_of(settings)
     scores, macs, experts = random_scores(space.units, 0), [], {}

@@ -13,8 +13,19 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow_prediction"]
 EDM_FIELDS = ("sigma_data", "sigma_min", "sigma_max")
 """Settings of EDM's noise process, which its schedulers in diffusers have under these names."""
 
-LATER_DIFFUSION_FIELDS = ("prediction_type", "rescale_betas_zero_snr", *EDM_FIELDS)
+TRAINING_SIGMA_FIELDS = ("p_mean", "p_std")
+"""Settings of the sigmas that EDM's training draws."""
+
+LATER_DIFFUSION_FIELDS = (
+    "prediction_type",
+    "rescale_betas_zero_snr",
+    *EDM_FIELDS,
+    *TRAINING_SIGMA_FIELDS,
+)
 """Settings that came after the first run directories and caches were named."""
+
+MAX_STDS = 6.0
+"""Most standard deviations of ln(sigma) in training between its mean and a timestep's."""
 
 
 @settings("diffusion")
@@ -52,11 +63,19 @@ class DiffusionConfig:
     as diffusers' EDM schedulers call it) or its negative (v_prediction). None: betas."""
 
     sigma_min: PositiveFloat = 0.002
-    """Sigma at timestep 0, with sigma_data; those between are spaced as EDM's samplers do, and
-    drawn equally often (EDM's own training draws log-normal ones)."""
+    """Sigma at timestep 0, with sigma_data; those between are spaced as EDM's samplers do."""
 
     sigma_max: PositiveFloat = 80.0
     """Sigma at the last timestep, with sigma_data."""
+
+    p_std: PositiveFloat | None = None
+    """With sigma_data: base and fine-tunes draw sigma log-normally, as EDM's own training
+    (arXiv:2206.00364, table 1: ln(sigma) has the mean p_mean and this standard deviation, 1.2 in
+    the paper), rounded to the nearest timestep's. None: all timesteps equally often. An expert
+    draws within its group."""
+
+    p_mean: float = -1.2
+    """Mean of ln(sigma) in training, with p_std."""
 
     learned_sigma: bool = False
     """The network predicts the variance's place in its range too, and the loss is L_hybrid."""
@@ -85,21 +104,38 @@ class DiffusionConfig:
     def _check_edm(self) -> None:
         """Refuse settings that do not go with EDM's noise process."""
         if not self.is_edm:
-            for name in ("sigma_min", "sigma_max"):
-                default = type(self).__dataclass_fields__[name].default
-                rule = "left out without diffusion.sigma_data"
-                require("diffusion", self, name, rule, ok=getattr(self, name) == default)
+            names = ("sigma_min", "sigma_max", *TRAINING_SIGMA_FIELDS)
+            self._check_left_out(names, without="sigma_data")
             return
         for name in EDM_FIELDS:
             require("diffusion", self, name, "finite", ok=math.isfinite(getattr(self, name)))
         ok = self.sigma_min < self.sigma_max
         require("diffusion", self, "sigma_max", f"above sigma_min = {self.sigma_min}", ok=ok)
+        self._check_training_sigmas()
         ok = self.prediction_type in ("epsilon", "v_prediction")
         rule = "epsilon or v_prediction with diffusion.sigma_data, which has EDM's F"
         require("diffusion", self, "prediction_type", rule, ok=ok)
         rule = "False with diffusion.sigma_data, whose process has no betas or whole timesteps"
         for name in ("rescale_betas_zero_snr", "learned_sigma", "rescale_timesteps"):
             require("diffusion", self, name, rule, ok=not getattr(self, name))
+
+    def _check_training_sigmas(self) -> None:
+        """Refuse log-normal sigmas by which some timestep would never be drawn."""
+        if self.p_std is None:
+            self._check_left_out(("p_mean",), without="p_std")
+            return
+        require("diffusion", self, "p_mean", "finite", ok=math.isfinite(self.p_mean))
+        ends = math.log(self.sigma_min), math.log(self.sigma_max)
+        least = max(abs(end - self.p_mean) for end in ends) / MAX_STDS
+        rule = f"finite and at least {least:.4g}, so that every sigma is drawn in training"
+        require("diffusion", self, "p_std", rule, ok=least <= self.p_std < math.inf)
+
+    def _check_left_out(self, names: tuple[str, ...], *, without: str) -> None:
+        """Refuse settings that another one turns on."""
+        for name in names:
+            default = type(self).__dataclass_fields__[name].default
+            rule = f"left out without diffusion.{without}"
+            require("diffusion", self, name, rule, ok=getattr(self, name) == default)
 
     @property
     def is_edm(self) -> bool:

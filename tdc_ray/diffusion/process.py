@@ -49,6 +49,10 @@ class NoiseSchedule:
     conditioning: Tensor | None
     """What the network sees in place of a timestep: EDM's c_noise; None means nothing else."""
 
+    training_cdf: Tensor | None
+    """With what probability training draws a timestep below each, ``(T + 1,)``, float64; None
+    means that all are equally likely."""
+
     learned_sigma: bool
     vlb_weight: float
     prediction: Prediction
@@ -89,6 +93,24 @@ class NoiseSchedule:
             return self.conditioning[timesteps]
         return timesteps if self.timestep_scale == 1.0 else timesteps * self.timestep_scale
 
+    def draw_timesteps(self, count: int, timesteps: range, generator: torch.Generator) -> Tensor:
+        """Draw timesteps to train on, ``(count,)``, on the device of the generator.
+
+        Args:
+            count: How many.
+            timesteps: The contiguous timesteps to draw from.
+            generator: Where all that is random comes from.
+        """
+        device = generator.device
+        if self.training_cdf is None:
+            return torch.randint(
+                timesteps.start, timesteps.stop, (count,), generator=generator, device=device
+            )
+        low, high = self.training_cdf[timesteps.start], self.training_cdf[timesteps.stop]
+        share = torch.rand(count, generator=generator, device=device, dtype=torch.float64)
+        below = torch.searchsorted(self.training_cdf, low + share * (high - low), right=True)
+        return (below - 1).clamp(timesteps.start, timesteps.stop - 1)
+
 
 def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
     """Compute a schedule in float64 and keep it in float32.
@@ -113,10 +135,17 @@ def noise_schedule(config: DiffusionConfig) -> NoiseSchedule:
         max_log_variance=_tensor(np.log(beta)),
         timestep_scale=config.timestep_scale,
         conditioning=None if process.conditioning is None else _tensor(process.conditioning),
+        training_cdf=_training_cdf(config, process),
         learned_sigma=config.learned_sigma,
         vlb_weight=config.vlb_weight,
         prediction=prediction_of(config),
     )
+
+
+def _training_cdf(config: DiffusionConfig, process: NoiseProcess) -> Tensor | None:
+    if config.p_std is None:
+        return None
+    return torch.from_numpy(process.log_normal_cdf(config.p_mean, config.p_std))
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 from typing import get_args
 
 import numpy as np
@@ -109,6 +110,22 @@ class NoiseProcess:
         sigmas = np.linspace(low, high, num_train_timesteps) ** KARRAS_RHO
         c_in, ratio = 1 / np.sqrt(sigmas**2 + sigma_data**2), sigmas**-2
         return cls(None, ratio / (1 + ratio), ratio, c_in, sigmas * c_in, np.log(sigmas) / 4)
+
+    def log_normal_cdf(self, mean: float, std: float) -> FloatArray:
+        """Compute with what probability a log-normal sigma is nearest to a timestep below another.
+
+        Args:
+            mean: Of ln(sigma), for EDM's process.
+            std: Its standard deviation.
+
+        Returns:
+            ``(T + 1,)``, rising from 0 to 1: of the timesteps below 0, 1, ..., T.
+        """
+        assert self.conditioning is not None
+        log_sigma = 4 * self.conditioning
+        between = (log_sigma[1:] + log_sigma[:-1]) / 2
+        normal = NormalDist(mean, std)
+        return np.array([0.0, *map(normal.cdf, between.tolist()), 1.0])
 
     @property
     def snr_db(self) -> FloatArray:

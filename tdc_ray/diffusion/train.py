@@ -303,9 +303,7 @@ def train(
         batch = NoisedBatch(
             x_0,
             epsilon=torch.randn(x_0.shape, generator=generator, device=device),
-            timesteps=torch.randint(
-                timesteps.start, timesteps.stop, (len(x_0),), generator=generator, device=device
-            ),
+            timesteps=schedule.draw_timesteps(len(x_0), timesteps, generator),
             labels=_labels(state.unet, labels, label_dropout, seed_parts),
         )
         if gamma := config.input_perturbation:  # drawn last: without it nothing else changes

@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -128,7 +128,7 @@ def _receive(number: int, _frame: object) -> None:
         if time.monotonic() - _state.received_at < SAME_WITHIN_S:
             return  # GNU timeout, for one, signals its child and then its child's group
         signal.setitimer(signal.ITIMER_REAL, 0.0)
-        _kill_below(os.getpid())
+        kill_trees(child_processes(os.getpid()))
         os._exit(128 + number)
     _state.received, _state.received_at = number, time.monotonic()
     if _state.say is not None:
@@ -138,19 +138,24 @@ def _receive(number: int, _frame: object) -> None:
     _raise_unless_unwinding()
 
 
-def _kill_below(parent: int) -> None:
-    """Kill all processes below one, each stopped before so that it starts no more; on Linux.
-
-    Ray's workers would outlive it while they start.
-    """
-    pids = list[int]()
+def child_processes(parent: int) -> set[int]:
+    """Return the ids of the processes that one has started and that still run; on Linux."""
+    pids = set[int]()
     for path in Path(f"/proc/{parent}/task").glob("*/children"):
         with suppress(OSError):  # the thread is gone
-            pids += map(int, path.read_text().split())
+            pids.update(map(int, path.read_text().split()))
+    return pids
+
+
+def kill_trees(pids: Iterable[int]) -> None:
+    """Kill processes and all below them, each stopped before so that it starts no more.
+
+    Ray's workers would outlive their raylet while they start.
+    """
     for pid in pids:
         with suppress(OSError):  # it is gone, or another user's
             os.kill(pid, signal.SIGSTOP)
-            _kill_below(pid)
+            kill_trees(child_processes(pid))
             os.kill(pid, signal.SIGKILL)
 
 

@@ -1,6 +1,8 @@
 """EDM's noise process and preconditioning, held against its formulas and diffusers' schedulers."""
 
 import json
+from dataclasses import replace
+from statistics import NormalDist
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from torch import Tensor
 
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.presets import preset
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.loss import loss_per_image
 from tdc_ray.diffusion.plan import plan_groups, to_json
@@ -17,7 +20,9 @@ from tdc_ray.diffusion.process import NoisedBatch, noise_schedule
 from tdc_ray.diffusion.samplers import checked_timesteps, make_scheduler
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.diffusion.scheduler_plan import plan_groups as plan_of_scheduler
+from tdc_ray.diffusion.train import start_state, train
 from tdc_ray.errors import ConfigError
+from tests.small import random_unet
 
 SIGMA_DATA = 0.6
 SETTINGS = {"sigma_data": SIGMA_DATA, "sigma_min": 0.01, "sigma_max": 50.0}
@@ -119,8 +124,71 @@ def test_samplers_of_other_networks_are_refused(settings, words):
         ({"rescale_timesteps": True}, "rescale_timesteps must be False with diffusion.sigma_data"),
         ({"learned_sigma": True}, "learned_sigma must be False with diffusion.sigma_data"),
         ({"sigma_max": 0.001}, "sigma_max must be above sigma_min = 0.01"),
+        ({"p_mean": 0.0}, "p_mean must be left out without diffusion.p_std"),
+        ({"p_mean": np.nan, "p_std": 1.2}, "p_mean must be finite"),
+        ({"p_std": 0.5}, "p_std must be finite and at least 0.852, so that every sigma"),
     ],
 )
 def test_settings_that_do_not_go_with_edm_are_refused(settings, words):
     with pytest.raises(ConfigError, match=words):
         DiffusionConfig(**{**SETTINGS, **settings})
+
+
+def test_log_normal_sigmas_are_refused_without_edm():
+    with pytest.raises(ConfigError, match=r"p_std must be left out without diffusion\.sigma_data"):
+        DiffusionConfig(p_std=1.2)
+
+
+LOG_NORMAL = DiffusionConfig(sigma_data=0.5, p_mean=-0.5, p_std=1.1)
+
+
+def log_sigmas(config: DiffusionConfig, count: int, timesteps: range) -> Tensor:
+    """Draw logarithms of sigmas as training does, ``(count,)``."""
+    schedule = noise_schedule(config)
+    drawn = schedule.draw_timesteps(count, timesteps, torch.Generator().manual_seed(0))
+    assert timesteps.start <= drawn.min() <= drawn.max() < timesteps.stop
+    return 4 * schedule.model_timesteps(drawn)
+
+
+def test_training_draws_log_normal_sigmas_and_those_of_a_group_alone():
+    drawn = log_sigmas(LOG_NORMAL, 100_000, range(1000))
+    assert float(drawn.mean()) == pytest.approx(-0.5, abs=0.02)
+    assert float(drawn.std()) == pytest.approx(1.1, abs=0.02)
+    seen = 4 * noise_schedule(LOG_NORMAL).conditioning
+    group, normal = range(300, 400), NormalDist(-0.5, 1.1)
+    first, middle, end = (normal.cdf(float(seen[place])) for place in (300, 350, 400))
+    below = log_sigmas(LOG_NORMAL, 100_000, group) < seen[350]
+    assert float(below.float().mean()) == pytest.approx((middle - first) / (end - first), abs=0.01)
+
+
+def test_without_them_all_timesteps_are_drawn_equally_often_as_before():
+    for config in (DiffusionConfig(), DiffusionConfig(sigma_data=0.5)):
+        one, other = (torch.Generator().manual_seed(1) for _ in range(2))
+        found = noise_schedule(config).draw_timesteps(50, range(200, 700), one)
+        assert torch.equal(found, torch.randint(200, 700, (50,), generator=other))
+
+
+@pytest.mark.parametrize(
+    ("config", "mean"), [(LOG_NORMAL, -0.5), (DiffusionConfig(sigma_data=0.5), 0.37)]
+)
+def test_networks_are_trained_on_what_is_drawn(config, mean):
+    smoke, seen = preset("digits-smoke"), []
+    few = replace(smoke.base, num_steps=3)
+    state = start_state(random_unet(), few)
+    state.unet.register_forward_pre_hook(
+        lambda _, __, named: seen.append(named["timestep"]), with_kwargs=True
+    )
+    images = torch.zeros(64, 1, 8, 8, dtype=torch.uint8), torch.full((64,), -1)
+    train(
+        state,
+        state.unet,
+        [images] * 3,
+        noise_schedule(config),
+        few,
+        smoke.data,
+        timesteps=range(1000),
+        seed=0,
+        report=lambda *_: None,
+        save=lambda _: None,
+    )
+    assert float(4 * torch.cat(seen).mean()) == pytest.approx(mean, abs=0.3)

@@ -1,5 +1,7 @@
 import gc
 import json
+import os
+import shutil
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,7 +11,9 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
 from PIL import Image
+from torch._dynamo.utils import counters
 
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.expert_set import ExpertSet
@@ -65,22 +69,26 @@ def images_of(pipeline: ProgressivePipeline, count: int = 3, **arguments) -> tor
     return pipeline(count, output_type="pt", **arguments).images
 
 
-def pruned_unets() -> list[UNet2DModel]:
+def pruned_unets(config: RunConfig = CONFIG) -> list[UNet2DModel]:
     return [
         cut(random_unet(seed=seed), UNITS, random_kept(UNITS, seed))
-        for seed in range(len(groups_of(CONFIG)))
+        for seed in range(len(groups_of(config)))
     ]
+
+
+def save_experts(folder: Path, config: RunConfig) -> Path:
+    """Write a run directory's folder of experts, each cut from a base of its own."""
+    groups = groups_of(config)
+    names = [f"expert-{group.index:02d}" for group in groups]
+    for seed, (name, unet) in enumerate(zip(names, pruned_unets(config), strict=True)):
+        save_expert(folder / name, unet, TINY, random_kept(UNITS, seed))
+    pipeline_index(config, dict(zip(names, groups, strict=True))).save(folder)
+    return folder
 
 
 @pytest.fixture
 def saved(tmp_path) -> Path:
-    """A run directory's folder of experts, each cut from a base of its own."""
-    groups = groups_of(CONFIG)
-    names = [f"expert-{group.index:02d}" for group in groups]
-    for seed, (name, unet) in enumerate(zip(names, pruned_unets(), strict=True)):
-        save_expert(tmp_path / "experts" / name, unet, TINY, random_kept(UNITS, seed))
-    pipeline_index(CONFIG, dict(zip(names, groups, strict=True))).save(tmp_path / "experts")
-    return tmp_path / "experts"
+    return save_experts(tmp_path / "experts", CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -217,6 +225,28 @@ def test_every_expert_is_compiled_once_and_draws_the_same_images(saved, monkeypa
     assert modes == ["default"] * len(pipeline.experts)
     pipeline.compile_mode = "none"
     assert_same(images_of(pipeline), expected)
+
+
+@pytest.mark.slow  # compiles two experts to machine code, for minutes
+@pytest.mark.timeout(3000)
+@pytest.mark.skipif(not shutil.which(os.environ.get("CXX", "g++")), reason="no C++ compiler")
+@pytest.mark.filterwarnings("ignore")  # of the compiler
+def test_compiled_experts_draw_the_images_of_the_plain_ones_but_for_rounding(tmp_path):
+    config = small_config(plan={"num_groups": 2}, sampler={"num_inference_steps": 4})
+    folder = save_experts(tmp_path / "experts", config)
+    torch.compiler.reset()
+    counters.clear()
+    expected = images_of(ProgressivePipeline.from_pretrained(folder))
+    found = images_of(ProgressivePipeline.from_pretrained(folder, compile_mode="default"))
+    assert counters["aot_autograd"]["ok"] == counters["stats"]["unique_graphs"] == 2
+    assert 0 < float((found - expected).abs().max()) < 1e-4
+
+    def sampled(*arguments: str) -> np.ndarray:
+        out, size = str(tmp_path / "images"), ("--num-images", "4", "--batch-size", "3")
+        assert run_command(["sample", str(folder), *size, "--out-dir", out, *arguments]) == 0
+        return np.load(tmp_path / "images" / "samples.npz")["arr_0"].astype(int)
+
+    assert abs(sampled("--compile", "default") - sampled()).max() <= 1
 
 
 @pytest.mark.parametrize("other", ["offload", "winograd"])

@@ -53,6 +53,7 @@ def sharing(config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, compute=compute)
 
 
+CLIPPED = config_of(max_grad_norm=0.01)
 LABELS, TIMESTEPS = torch.tensor([0, 3, 9, 10]), torch.tensor([0, 10, 500, 999])
 
 
@@ -64,12 +65,13 @@ def backward(unet: Denoiser) -> None:
     (output[:, :1] - x).square().mean().backward()
 
 
-def steps_of(state: TrainState, config: RunConfig) -> TrainState:
-    """Take two steps."""
+def steps_of(state: TrainState, config: RunConfig) -> list[float]:
+    """Take two steps; return the norms of their gradients before clipping."""
+    norms = []
     for _ in range(2):
         backward(state.unet)
-        update(state, config.base)
-    return state
+        norms.append(float(update(state, config.base)))
+    return norms
 
 
 @pytest.mark.parametrize("make", [random_unet, random_dit])
@@ -77,8 +79,9 @@ def test_a_state_that_is_shared_trains_is_saved_and_read_as_one_that_is_not(
     make: Callable[[], Any], group: WorkerRank, tmp_path: Path
 ):
     config, mesh = config_of(), sharding_mesh(group)
-    plain = steps_of(start_state(make(), config.base, keep_start=True), config)
-    shared = steps_of(start_state(make(), config.base, keep_start=True, mesh=mesh), config)
+    plain = start_state(make(), config.base, keep_start=True)
+    shared = start_state(make(), config.base, keep_start=True, mesh=mesh)
+    assert steps_of(shared, config) == pytest.approx(steps_of(plain, config), rel=1e-4)
     assert all(isinstance(one, DTensor) for one in shared.unet.parameters())
     shared.save(tmp_path / "shared.pt")
     read = start_state(make(), config.base, keep_start=True)
@@ -90,8 +93,9 @@ def test_a_state_that_is_shared_trains_is_saved_and_read_as_one_that_is_not(
 
     again = start_state(make(), config.base, keep_start=True, mesh=mesh)
     again.load(tmp_path / "shared.pt")
-    steps_of(again, config).save(tmp_path / "again.pt")
-    steps_of(shared, config).save(tmp_path / "shared.pt")
+    for state, name in ((again, "again"), (shared, "shared")):
+        steps_of(state, config)
+        state.save(tmp_path / f"{name}.pt")
     files = [torch.load(tmp_path / f"{name}.pt") for name in ("again", "shared")]
     assert_same(*files)
 
@@ -107,8 +111,8 @@ def test_a_file_of_another_model_is_refused_where_the_state_is_shared(group, tmp
 def run_rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> None:
     """Train the base as one of the ranks, by each of the jobs.
 
-    Checkpoints, and the averaged weights with the losses, go into ``folder`` under the job's
-    name, and so does what the first rank held of a shared state.
+    Checkpoints, and the averaged weights with losses and norms of gradients, go into ``folder``
+    under the job's name, and so does what the first rank held of a shared state.
     """
     torch.set_num_threads(1)
     store = distributed.FileStore(str(folder / f"store-{world_size}"), world_size)
@@ -116,9 +120,10 @@ def run_rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> N
     worker = WorkerRank(rank, world_size, torch.device("cpu"))
     for name, config, resume_from in jobs:
         losses: dict[int, float] = {}
+        norms: dict[int, float] = {}
 
-        def report(metrics, step, losses=losses):
-            losses[step] = metrics["loss"]
+        def report(metrics, step, losses=losses, norms=norms):
+            losses[step], norms[step] = metrics["loss"], metrics["grad_norm"]
 
         def save(state, name=name):
             state.save(folder / f"{name}-{state.step}.pt")
@@ -129,16 +134,25 @@ def run_rank(rank: int, world_size: int, folder: Path, jobs: Sequence[Job]) -> N
         )
         with state.ema_weights() as unet:
             if rank == 0:
-                torch.save((unet.state_dict(), losses), folder / f"{name}.pt")
-    state = start_state(random_unet(), jobs[0][1].base, mesh=sharding_mesh(worker))
+                torch.save((unet.state_dict(), losses, norms), folder / f"{name}.pt")
+    state = start_state(random_unet(), CLIPPED.base, mesh=sharding_mesh(worker))
     backward(state.unet)
     gradients = held([one.grad for one in state.unet.parameters()])
-    update(state, jobs[0][1].base)
+    norms = clipped_norms(state)
     if rank == 0:
         moments = [held([one[name] for one in state.optimizer.state.values()]) for name in MOMENTS]
         weights, averages = held(state.unet.parameters()), held(state.ema.shadow_params)
         torch.save((weights, gradients, sum(moments), averages), folder / f"held-{world_size}.pt")
+        torch.save(norms, folder / f"norms-{world_size}.pt")
     distributed.destroy_process_group()
+
+
+def clipped_norms(state: TrainState) -> tuple[float, float]:
+    """Take the first step on gradients that are there; return their norms before and after
+    clipping, of which Adam's first moments have a tenth."""
+    before = update(state, CLIPPED.base)
+    after = nn.utils.get_total_norm([one["exp_avg"] for one in state.optimizer.state.values()])
+    return float(before), 10 * float(after.full_tensor() if isinstance(after, DTensor) else after)
 
 
 def held(tensors: Iterable[Any]) -> int:
@@ -166,9 +180,11 @@ def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(t
     ]
     run_ranks(2, tmp_path, jobs)
     close = partial(torch.testing.assert_close, rtol=1e-3, atol=1e-4)
-    (shared, losses), (ddp, ddp_losses) = loaded(tmp_path, "shared"), loaded(tmp_path, "ddp")
+    shared, *metrics = loaded(tmp_path, "shared")
+    ddp, *ddp_metrics = loaded(tmp_path, "ddp")
     close(shared, ddp)
-    assert losses == pytest.approx(ddp_losses, rel=1e-4)
+    for found, expected in zip(metrics, ddp_metrics, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
     assert_same(loaded(tmp_path, "resumed-4"), loaded(tmp_path, "shared-4"))
     assert_same(loaded(tmp_path, "resumed")[0], shared)
     assert loaded(tmp_path, "bf16")[1] == pytest.approx(loaded(tmp_path, "ddp-bf16")[1], rel=1e-2)
@@ -177,10 +193,16 @@ def test_workers_that_share_a_base_train_it_as_others_and_resume_on_any_number(t
         ("three-shared", sharing(config), tmp_path / "ddp-2.pt"),
     ]
     run_ranks(3, tmp_path, jobs)
-    (shared, losses), (ddp, ddp_losses) = (loaded(tmp_path, name) for name, *_ in jobs[::-1])
+    (shared, *metrics), (ddp, *ddp_metrics) = (loaded(tmp_path, name) for name, *_ in jobs[::-1])
     close(shared, ddp)
-    assert losses == pytest.approx(ddp_losses, rel=1e-4)
+    for found, expected in zip(metrics, ddp_metrics, strict=True):
+        assert found == pytest.approx(expected, rel=1e-4)
+    alone = start_state(random_unet(), CLIPPED.base)
+    backward(alone.unet)
+    norms = clipped_norms(alone)
+    assert norms[0] > norms[1] == pytest.approx(0.01, rel=1e-4)
     for workers in (2, 3):
+        assert loaded(tmp_path, f"norms-{workers}") == pytest.approx(norms, rel=1e-4)
         memory = training_memory(network_structure(TINY), workers, "full", "fp32")
         counted = (memory.weights, memory.gradients, memory.moments, memory.averages)
         # the first rank's shards are the larger ones where dimensions do not divide evenly

@@ -3,8 +3,23 @@ import json
 import pytest
 
 from tdc_ray.cli.main import run_command
+from tdc_ray.config.run import to_json
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
-from tdc_ray.models.saved_expert import load_expert
+from tdc_ray.diffusion.samplers import timesteps_of
+from tdc_ray.models.saved_expert import load_expert, save_expert
+from tdc_ray.models.unet2d.surgery import cut
+from tdc_ray.models.unet2d.units import units_of
+from tdc_ray.runs.pipelines import save_index
+from tdc_ray.storage.files import write_json
+from tests.small import (
+    TINY,
+    assert_same,
+    group_of,
+    make_run_dir,
+    random_kept,
+    random_unet,
+    small_config,
+)
 
 pytestmark = pytest.mark.ray
 
@@ -44,6 +59,33 @@ def test_a_network_is_chosen_for_every_step_within_the_budget_and_the_pipeline_s
         )
     assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
     assert "which network runs at which sampling step" in capsys.readouterr().out
+
+
+def test_networks_of_edm_are_chosen_at_the_sigmas_that_its_scheduler_visits(tmp_path):
+    config = small_config(
+        diffusion={"sigma_data": 0.5},
+        plan={"num_groups": 2},
+        sampler={"scheduler": "EDMEulerScheduler", "num_inference_steps": 6},
+    )
+    run_dir, units = make_run_dir(tmp_path / "run"), units_of(TINY)
+    for index in range(2):
+        kept = random_kept(units, index)
+        save_expert(run_dir.expert(index), cut(random_unet(), units, kept), TINY, kept)
+    save_index(run_dir, config, [group_of(config, index) for index in range(2)])
+    write_json(run_dir.config, to_json(config))
+    write_json(run_dir.results, {})
+    assert schedule(run_dir.root, tmp_path / "out", "--macs", "0.9", "--num-images", "4") == 0
+    steps = json.loads((tmp_path / "out" / "schedule.json").read_text())["steps"]
+    assert len({step["network"] for step in steps}) > 1
+    assert all(step["loss"] > 0 for step in steps)
+    pipeline = ProgressivePipeline.from_pretrained(tmp_path / "out")
+    pipeline.scheduler.set_timesteps(6)
+    assert tuple(step["timestep"] for step in steps) == timesteps_of(pipeline.scheduler)
+    for step, c_noise in zip(steps, pipeline.scheduler.timesteps.tolist(), strict=True):
+        serving = pipeline.experts.for_timestep(c_noise)
+        own = load_expert(tmp_path / "out" / "experts" / step["network"])
+        assert_same(serving.state_dict(), own.state_dict())
+    assert pipeline(2, output_type="np").images.shape == (2, 8, 8, 1)
 
 
 @pytest.mark.slow

@@ -16,7 +16,12 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.errors import ClusterError
-from tdc_ray.execution.interrupts import interrupts_deferred
+from tdc_ray.execution.interrupts import (
+    child_processes,
+    interrupts_deferred,
+    kill_trees,
+    received_signal,
+)
 from tdc_ray.execution.scheduler import num_fitting
 
 logger = logging.getLogger(__name__)
@@ -71,22 +76,24 @@ def connected(
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    local: dict[str, Any] = {
-        "address": "local",
-        "num_cpus": num_cpus,
-        "include_dashboard": dashboard,
-        "namespace": LOCAL,
-        "object_store_memory": OBJECT_STORE_BYTES,
+    quiet: dict[str, Any] = {
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "configure_logging": False,
     }
     try:
         try:
             with interrupts_deferred():
-                ray.init(
-                    log_to_driver=False,
-                    logging_level=logging.ERROR,
-                    configure_logging=False,
-                    **(local if address == "local" else {"address": address}),
-                )
+                if address == "local":
+                    _start_local_ray(
+                        num_cpus=num_cpus,
+                        include_dashboard=dashboard,
+                        namespace=LOCAL,
+                        object_store_memory=OBJECT_STORE_BYTES,
+                        **quiet,
+                    )
+                else:
+                    ray.init(address=address, **quiet)
         except ConnectionError as error:
             raise ClusterError(NO_CLUSTER.format(address)) from error
         except RuntimeError as error:  # the cluster has another version of Ray or of Python
@@ -102,6 +109,22 @@ def connected(
     finally:
         with interrupts_deferred():
             ray.shutdown()
+
+
+def _start_local_ray(**options: Any) -> None:
+    """Start a local Ray: once more if its parts took too long, as they do on a busy machine."""
+    driver = os.getpid()
+    others = child_processes(driver)
+    try:
+        ray.init(address="local", **options)
+    except Exception as error:
+        if isinstance(error, ValueError | TypeError) or received_signal() is not None:
+            raise  # an argument is wrong, or nobody waits any more
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        logger.warning("Ray did not start and is started once more: %s", reason)
+        ray.shutdown()
+        kill_trees(child_processes(driver) - others)  # a node half started, unknown to shutdown
+        ray.init(address="local", **options)
 
 
 def _check_joined(address: str | None) -> None:

@@ -1,0 +1,101 @@
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tdc_ray.errors import ClusterError
+from tdc_ray.execution.interrupts import child_processes
+from tdc_ray.execution.ray import cluster
+from tdc_ray.execution.ray.cluster import connected
+
+SLOW = Exception("The current node timed out during startup.\nThis could happen ...")
+
+
+class Starts:
+    """Ray's part that starts it: leaves a process behind whenever it fails."""
+
+    def __init__(self, *errors: Exception | None) -> None:
+        self.errors, self.addresses, self.left = list(errors), [], []
+
+    def init(self, address, **_):
+        self.addresses.append(address)
+        if error := self.errors.pop(0):
+            self.left.append(subprocess.Popen(["sleep", "60"]))
+            raise error
+
+
+@pytest.fixture
+def starts(monkeypatch):
+    def use(*errors: Exception | None) -> Starts:
+        made = Starts(*errors)
+        for name, function in (("init", made.init), ("shutdown", bool), ("is_initialized", bool)):
+            monkeypatch.setattr(cluster.ray, name, function)
+        return made
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    return use
+
+
+def test_a_local_ray_that_is_too_slow_is_started_once_more(starts, caplog):
+    before, made = child_processes(os.getpid()), starts(SLOW, None)
+    with connected():
+        assert made.addresses == ["local", "local"]
+        assert made.left[0].wait(5) < 0
+        assert child_processes(os.getpid()) <= before
+    (line,) = caplog.messages
+    assert line.endswith("once more: Exception: The current node timed out during startup.")
+
+
+@pytest.mark.parametrize(
+    ("address", "errors", "raised", "tries"),
+    [
+        ("local", [SLOW, SLOW], ClusterError, 2),
+        ("local", [ValueError("num_cpus")], ValueError, 1),
+        ("auto", [SLOW], ClusterError, 1),
+    ],
+)
+def test_no_other_start_of_ray_is_tried_again(starts, address, errors, raised, tries):
+    made = starts(*errors)
+    with pytest.raises(raised), connected(address=address):
+        pass
+    assert len(made.addresses) == tries
+    for process in made.left:
+        process.kill()
+        process.wait()
+
+
+HALF_STARTED = """
+import os
+import ray
+from ray._private import services
+from tdc_ray.execution.ray.cluster import connected
+
+really = services.get_node
+
+def unregistered(*_):
+    services.get_node = really
+    raise Exception("as if the node came late")
+
+def count():
+    folder = os.path.dirname(ray.__file__)
+    return len(children(os.getpid(), f"{folder}/core/src/ray/gcs/gcs_server"))
+
+services.get_node = unregistered
+with connected(num_cpus=1):
+    print(services.get_node is really, count(), ray.get(ray.remote(lambda: "works").remote()))
+"""
+
+
+@pytest.mark.slow  # starts Ray twice
+def test_what_was_half_started_is_gone_when_ray_is_started_once_more():
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(
+        [sys.executable, "-c", HALF_STARTED],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=environment,
+    )
+    assert done.stdout.split() == ["True", "1", "works"], done.stderr
+    assert "once more: Exception: as if the node came late" in done.stderr
