@@ -13,8 +13,15 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
-from pydantic import ValidationInfo as Info
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+)
 from pydantic.json_schema import SkipJsonSchema
 
 from tdc_ray.models.units import Unit
@@ -50,7 +57,7 @@ WidthBounds = Mapping[str, tuple[int, int]]
 def _each(kind: type[BaseModel]) -> BeforeValidator:
     """Validate the items of a list one by one; a bad one is dropped and named in ``dropped``."""
 
-    def valid(values: Any, info: Info) -> list[BaseModel]:
+    def valid(values: Any, info: ValidationInfo) -> list[BaseModel]:
         dropped: list[str] = info.data["dropped"]
         kept = []
         values = values if isinstance(values, list) else [values] * (values is not None)
@@ -70,6 +77,10 @@ def _each(kind: type[BaseModel]) -> BeforeValidator:
 
 def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
+
+
+def _short_line(value: str) -> str:
+    return " ".join(value.split())[:MAX_HYPOTHESIS]
 
 
 Name = Annotated[str, BeforeValidator(_text)]
@@ -130,7 +141,7 @@ class Change(BaseModel):
     reasoning: Words = Field(
         default_factory=str, description="what the numbers suggest, in a few sentences"
     )
-    hypothesis: Words = Field(
+    hypothesis: Annotated[Words, AfterValidator(_short_line)] = Field(
         default_factory=str, description="one sentence that the measurement can prove wrong"
     )
     bounds: Annotated[list[Bound], _each(Bound)] = Field(default_factory=list)

@@ -6,7 +6,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
-from tdc_ray.pruning.changes import MAX_HYPOTHESIS, Change
+from tdc_ray.pruning.changes import Change
 
 Action = Literal["predict", "measure"]
 
@@ -36,11 +36,6 @@ class Request:
     change: Predict | Measure | Turn
     call: str | None = None
     """Id of the tool's call; None without tools."""
-
-    @property
-    def hypothesis(self) -> str:
-        """The hypothesis on one line."""
-        return " ".join(self.change.hypothesis.split())[:MAX_HYPOTHESIS]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -340,7 +340,7 @@ class LanguageModel:
     ) -> ProposalReply:
         return ProposalReply(
             schemes=tuple(planned.scheme for _, planned in chosen),
-            hypotheses=tuple(one.hypothesis for one, _ in chosen),
+            hypotheses=tuple(one.change.hypothesis for one, _ in chosen),
             repaired=tuple(bool(planned.dropped) for _, planned in chosen),
             notes=tuple(note for _, planned in chosen for note in planned.dropped),
             conversation=conversation,

@@ -64,7 +64,7 @@ def test_what_the_client_cannot_parse_is_read_all_the_same(form, step, fields):
     answer, _ = sent(form, step, **fields)
     assert (answer.problem, answer.asked) == (None, ())
     (asked,) = read_reply(answer)
-    assert (asked.change.action, asked.hypothesis) == ("predict", "h")
+    assert (asked.change.action, asked.change.hypothesis) == ("predict", "h")
 
 
 def test_no_hypothesis_holds_the_key():
@@ -73,7 +73,7 @@ def test_no_hypothesis_holds_the_key():
         says(json.dumps(CHANGE | {"action": "measure", "hypothesis": key}))(handler)
 
     answer, _ = sent("schema", tells)
-    assert [one.hypothesis for one in read_reply(answer)] == ["Bearer [key]"]
+    assert [one.change.hypothesis for one in read_reply(answer)] == ["Bearer [key]"]
 
 
 @pytest.mark.parametrize("form", ["tools", "schema", "json"])

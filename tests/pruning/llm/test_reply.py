@@ -41,7 +41,7 @@ def call(name: str, arguments: str) -> ToolCall:
 )
 def test_the_object_in_a_text_is_read(text):
     (asked,) = read_reply(Answer(text=text))
-    assert (asked.change.action, asked.call, asked.hypothesis) == ("measure", None, "a b")
+    assert (asked.change.action, asked.call, asked.change.hypothesis) == ("measure", None, "a b")
     assert asked.change.bounds == [Bound(unit=1, least=2, most=3)]
 
 
@@ -87,5 +87,5 @@ def test_whatever_passes_is_safe_to_prune_with(turn):
 
 def test_a_hypothesis_is_one_short_line():
     (asked,) = read_reply(Answer(text=json.dumps(TURN | {"hypothesis": "x\n" * 9999})))
-    assert len(asked.hypothesis) == MAX_HYPOTHESIS
-    assert "\n" not in asked.hypothesis
+    assert len(asked.change.hypothesis) == MAX_HYPOTHESIS
+    assert "\n" not in asked.change.hypothesis
