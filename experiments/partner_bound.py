@@ -213,7 +213,7 @@ def knowledge_of(
     value: Callable[[Measured], float],
     path: Path,
 ) -> Knowledge:
-    """Return what measures sub-models on images for a purpose, each once, and keeps it in a file."""
+    """Return what measures sub-models for a purpose, each once, and keeps that in a file."""
     prune = replace(search.context.prune, num_images=num_images)
     base = load_base(replace(search.context, prune=prune), search.group)
     found: dict[str, float] = dict(read_json_lines(path))
