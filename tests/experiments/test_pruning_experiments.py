@@ -86,6 +86,20 @@ def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(t
     assert nonsense.entry.final.rank <= offline.entry.final.rank
 
 
+@pytest.mark.usefixtures("importable")
+def test_an_oracle_that_was_interrupted_measures_nothing_again(tmp_path, monkeypatch):
+    import partner_bound
+
+    losses = iter([0.5, 0.25])
+    monkeypatch.setattr(partner_bound, "load_base", lambda *_: None)
+    monkeypatch.setattr(partner_bound, "measure", lambda *_: next(losses))
+    search = task_of(make_run_dir(tmp_path), small_config())
+    for _ in range(2):
+        path = tmp_path / "known.jsonl"
+        known = partner_bound.knowledge_of(search, "judge", 8, float, path)
+        assert [known({"a": (0, 1)}), known({"a": (0,)}), known({"a": (0, 1)})] == [0.5, 0.25, 0.5]
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.timeout(600)
