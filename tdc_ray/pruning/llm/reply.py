@@ -41,8 +41,9 @@ def read_reply(answer: Answer) -> list[Request]:
     if answer.asked:
         return list(answer.asked)
     requests, problems = list[Request](), list[str]()
-    calls = [(one.name, one.arguments or "{}", one.id) for one in answer.calls]
-    for name, text, call in calls or [(None, _object_in(answer.text), None)]:
+    wanted: list[tuple[str | None, str, str | None]]
+    wanted = [(call.name, call.arguments or "{}", call.id) for call in answer.calls]
+    for name, text, call in wanted or [(None, _object_in(answer.text), None)]:
         model = Turn if name is None else TOOLS.get(name)
         try:
             if model is None:
