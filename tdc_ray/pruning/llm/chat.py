@@ -226,7 +226,7 @@ def send(
             is_stream = kind.startswith("text/event-stream")  # not all servers can stream
             answer = _read(body, is_stream=is_stream)
             is_plain = is_stream or answer.problem is not None or redact(body) != body
-            return answer if is_plain else replace(answer, asked=_parsed(response))
+            return answer if is_plain else replace(answer, asked=_parsed(response, answer.calls))
 
     answer, problem = Answer(status=0), ""
     try:
@@ -274,7 +274,7 @@ class _Attempts:
         self.unanswered -= response.status_code != 200  # a 200 may still break off
 
 
-def _parsed(response: Any) -> tuple[Request, ...]:
+def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
     """Return what the client parses of an answer; nothing if any of it is not as it has to be."""
     import openai
     from openai.types.chat import ChatCompletion
@@ -282,11 +282,12 @@ def _parsed(response: Any) -> tuple[Request, ...]:
     try:
         ChatCompletion.model_validate_json(response.content)
         message = response.parse().choices[0].message
-    except (openai.OpenAIError, ValidationError):
+        pairs = list(zip(calls, message.tool_calls or (), strict=True))
+    except (openai.OpenAIError, ValueError):
         return ()
-    calls = [(call.id, call.function.parsed_arguments) for call in message.tool_calls or ()]
-    parsed = calls or [(None, message.parsed)]
-    return tuple(Request(change, call) for call, change in parsed if change is not None)
+    parsed = [(one.function.parsed_arguments, call.id) for call, one in pairs]
+    parsed = parsed or [(message.parsed, None)]
+    return tuple(Request(change, call) for change, call in parsed if change is not None)
 
 
 def _read(body: str, *, is_stream: bool) -> Answer:
@@ -311,7 +312,7 @@ def _read(body: str, *, is_stream: bool) -> Answer:
     elif reason == "length":
         problem = "it was cut off at the most tokens that a reply may have."
     elif errors or (is_stream and reason is None):
-        problem = redact(f"the server broke it off{''.join(errors)}"[:MAX_PROBLEM_CHARS])
+        problem = redact(f"the server broke it off{''.join(errors)}")[:MAX_PROBLEM_CHARS]
     elif reason == "content_filter":
         problem = "it was withheld by a content filter."
     elif not text.strip() and not calls:

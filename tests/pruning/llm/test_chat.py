@@ -40,6 +40,7 @@ def test_the_client_parses_by_the_models_and_a_bad_entry_discards_itself_alone(f
     )
     kinds = [Measure, Predict] if form == "tools" else [Turn]
     assert [type(one.change) for one in answer.asked] == kinds
+    assert [one.call for one in answer.asked] == ([one.id for one in answer.calls] or [None])
     assert read_reply(answer) == list(answer.asked)
     change = answer.asked[0].change
     assert change.bounds == [Bound(unit=1, least=2, most=3)]
