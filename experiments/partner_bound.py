@@ -55,6 +55,7 @@ from tdc_ray.pruning.proxy import Proposal, Proxy, Round
 from tdc_ray.pruning.result import SearchCost, SearchResult
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
+from tdc_ray.storage.files import append_json_line, read_json_lines
 
 MAX_TRIES, ORACLE_TRIES = 50, 3
 """Changes that a partner suggests in a round, at most."""
@@ -206,17 +207,22 @@ def scripted(partner: Partner, seed: int) -> Proxy:
 
 
 def knowledge_of(
-    search: GroupSearch, purpose: Purpose, num_images: int, value: Callable[[Measured], float]
+    search: GroupSearch,
+    purpose: Purpose,
+    num_images: int,
+    value: Callable[[Measured], float],
+    path: Path,
 ) -> Knowledge:
-    """Return what measures sub-models on images for a purpose, each once."""
+    """Return what measures sub-models for a purpose, each once, and keeps that in a file."""
     prune = replace(search.context.prune, num_images=num_images)
     base = load_base(replace(search.context, prune=prune), search.group)
-    found: dict[str, float] = {}
+    found: dict[str, float] = dict(read_json_lines(path))
 
     def known(kept: KeptIndices) -> float:
         key = str(sorted(kept.items()))
         if key not in found:
             found[key] = value(measure(base, kept, purpose))
+            append_json_line(path, [key, found[key]])
         return found[key]
 
     return known
@@ -238,15 +244,16 @@ def judged(
     """
     prune = replace(search.context.prune, num_images=num_images)
     base = load_base(replace(search.context, prune=prune), search.group)
-    networks = [prune_and_refit(base, kept).network for kept in schemes.values()]
+    distinct = {str(kept): kept for kept in schemes.values()}
+    networks = [prune_and_refit(base, kept).network for kept in distinct.values()]
     found = run_all([base.network, *networks], base.batches("judge"), base.schedule, "fp32")
     images = noised_indices(base.context, search.group, purpose="judge", count=num_images)
     losses = [losses.cpu().numpy() for losses in found.losses]
-    by_name = {}
-    for name, loss, distance in zip(schemes, losses[1:], found.distances[1:], strict=True):
+    by_scheme = {}
+    for kept, loss, distance in zip(distinct, losses[1:], found.distances[1:], strict=True):
         values = np.stack([loss - losses[0], distance.cpu().numpy()])
-        by_name[name] = mean_by_image(values, images)
-    return by_name
+        by_scheme[kept] = mean_by_image(values, images)
+    return {name: by_scheme[str(kept)] for name, kept in schemes.items()}
 
 
 def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Found]:
@@ -273,9 +280,12 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
     search = searched("offline", offline_proxy)
     searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
     few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
+    on_held_out, on_judge = (
+        place / f"known-{setting}-{name}.jsonl" for name in ("held-out", "judge")
+    )
     oracles: dict[PartnerName, Knowledge] = {
-        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank),
-        "oracle of the judge": knowledge_of(search, "judge", few, lambda one: one.loss),
+        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank, on_held_out),
+        "oracle of the judge": knowledge_of(search, "judge", few, lambda one: one.loss, on_judge),
     }
     for name in flags.partners:
         known = oracles.get(name)

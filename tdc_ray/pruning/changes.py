@@ -13,8 +13,16 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, Field, FiniteFloat, ValidationError
-from pydantic import ValidationInfo as Info
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    Field,
+    FiniteFloat,
+    ValidationError,
+    ValidationInfo,
+)
+from pydantic.json_schema import SkipJsonSchema
 
 from tdc_ray.models.units import Unit
 from tdc_ray.pruning.knapsack import FactorArray, knapsack, step_worth
@@ -47,10 +55,10 @@ WidthBounds = Mapping[str, tuple[int, int]]
 
 
 def _each(kind: type[BaseModel]) -> BeforeValidator:
-    """Validate the items of a list one by one; a bad one is dropped and named in the context."""
+    """Validate the items of a list one by one; a bad one is dropped and named in ``dropped``."""
 
-    def valid(values: Any, info: Info) -> list[BaseModel]:
-        dropped: list[str] = info.context if isinstance(info.context, list) else []
+    def valid(values: Any, info: ValidationInfo) -> list[BaseModel]:
+        dropped: list[str] = info.data["dropped"]
         kept = []
         values = values if isinstance(values, list) else [values] * (values is not None)
         if len(values) > MAX_CHANGES:
@@ -69,6 +77,10 @@ def _each(kind: type[BaseModel]) -> BeforeValidator:
 
 def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
+
+
+def _short_line(value: str) -> str:
+    return " ".join(value.split())[:MAX_HYPOTHESIS]
 
 
 Name = Annotated[str, BeforeValidator(_text)]
@@ -123,10 +135,13 @@ class Share(BaseModel):
 class Change(BaseModel):
     """Changes to the knapsack's scheme, and the hypothesis behind them."""
 
+    dropped: SkipJsonSchema[Annotated[list[str], BeforeValidator(lambda _: [])]] = []
+    """What of the lists below cannot be read, and why."""
+
     reasoning: Words = Field(
         default_factory=str, description="what the numbers suggest, in a few sentences"
     )
-    hypothesis: Words = Field(
+    hypothesis: Annotated[Words, AfterValidator(_short_line)] = Field(
         default_factory=str, description="one sentence that the measurement can prove wrong"
     )
     bounds: Annotated[list[Bound], _each(Bound)] = Field(default_factory=list)
@@ -169,14 +184,12 @@ class Planner:
         self.start = self.plan(Change())
         """The knapsack's own scheme."""
 
-    def plan(self, change: Change, dropped: Sequence[str] = ()) -> Planned:
+    def plan(self, change: Change) -> Planned:
         """Make the best scheme under changes.
 
-        Args:
-            change: The changes; earlier ones win, bounds before moves before shares.
-            dropped: What was dropped of them already.
+        Earlier ones win, and bounds before moves before shares.
         """
-        notes, curves = list(dropped), dict(self.predictor.curves)
+        notes, curves = list(change.dropped), dict(self.predictor.curves)
         for doubt in change.distrust:
             names = self._units(doubt.where)
             if not names:

@@ -13,9 +13,12 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.proxies.language_model import language_model_proxy
+from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.results import LossDifference
+from tests.pruning.llm.openai_server import calling, serving
 from tests.small import (
     latent_config,
     make_first_stage,
@@ -69,7 +72,7 @@ def test_a_language_model_is_asked_as_its_flags_say():
 
 @pytest.mark.usefixtures("importable")
 def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(tmp_path):
-    from partner_bound import nonsensically, offline_proxy, scripted
+    from partner_bound import nonsensically, scripted
 
     proxies = {"offline": offline_proxy, "llm": scripted(nonsensically, 0)}
     run_dir, results = make_run_dir(tmp_path), dict[str, SearchResult]()
@@ -84,6 +87,47 @@ def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(t
     others = tuple(one for one in nonsense.candidates if not one.entry.is_by_llm)
     assert others == offline.candidates
     assert nonsense.entry.final.rank <= offline.entry.final.rank
+
+
+@pytest.mark.usefixtures("importable")
+def test_tokens_money_and_gain_of_a_language_model_are_told(tmp_path):
+    from proxy_cost import offline_at_equal_measurements, proxy_cost, proxy_note
+
+    run_dir, proxies = (
+        make_run_dir(tmp_path),
+        {"offline": offline_proxy, "llm": language_model_proxy},
+    )
+    few = {"num_images": 32, "num_refit_images": 32, "num_rounds": 1, "num_candidates": 1}
+    with serving(calling(("measure", {"distrust": [{"where": 0, "factor": 9}]}))) as server:
+        llm = {"base_url": server.url, "price_per_million_prompt_tokens": 5.0}
+        config = small_config(prune={"method": "llm", **few}, proxy=llm)
+        alone = replace(config, prune=offline_at_equal_measurements(config.prune))
+        found, offline = (
+            run_chain(search_submodel(task_of(run_dir, one), MemoryBank(tmp_path / name), proxies))
+            for one, name in ((config, "llm.jsonl"), (alone, "offline.jsonl"))
+        )
+    cost = proxy_cost([found], [offline])
+    assert (cost["measured"], cost["measured_offline"]) == ([2], [2])
+    assert cost["schemes"] == {"llm": 1, "offline": 1}
+    note = proxy_note(cost)
+    assert note.startswith(
+        "1,000 tokens of prompts, 200 of replies, price 0.005; measured 2 schemes"
+    )
+    assert f"Excess loss {cost['difference']:+.3g} against" in note
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_oracle_that_was_interrupted_measures_nothing_again(tmp_path, monkeypatch):
+    import partner_bound
+
+    losses = iter([0.5, 0.25])
+    monkeypatch.setattr(partner_bound, "load_base", lambda *_: None)
+    monkeypatch.setattr(partner_bound, "measure", lambda *_: next(losses))
+    search = task_of(make_run_dir(tmp_path), small_config())
+    for _ in range(2):
+        path = tmp_path / "known.jsonl"
+        known = partner_bound.knowledge_of(search, "judge", 8, float, path)
+        assert [known({"a": (0, 1)}), known({"a": (0,)}), known({"a": (0, 1)})] == [0.5, 0.25, 0.5]
 
 
 @pytest.mark.slow

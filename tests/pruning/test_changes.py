@@ -162,13 +162,12 @@ def test_a_change_that_cannot_be_read_discards_itself_alone():
         "distrust": [{"where": 4, "factor": "NaN"}, {"where": 4, "factor": 2}, "all"],
         "moves": None,
     }
-    dropped: list[str] = []
-    change = Change.model_validate_json(json.dumps(document), context=dropped)
+    change = Change.model_validate_json(json.dumps(document))
     assert (change.reasoning, change.hypothesis) == ("", "")
     assert change.bounds == [Bound(unit=3, least=2, most=2)]
     assert change.distrust == [Distrust(where="4", factor=2)]
-    assert len(dropped) == 3
-    assert PLANNER.plan(change, dropped).dropped == tuple(dropped)
+    assert len(change.dropped) == 3
+    assert PLANNER.plan(change).dropped == tuple(change.dropped)
 
 
 def test_what_is_said_of_a_huge_number_is_short():

@@ -1,6 +1,41 @@
 """What a request to a language model came to."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field
+
+from tdc_ray.pruning.changes import Change
+
+Action = Literal["predict", "measure"]
+
+
+class Predict(Change):
+    """Free: what the knapsack makes of changes, and what that is predicted to cost."""
+
+    action: ClassVar[Action] = "predict"
+
+
+class Measure(Change):
+    """Takes one measurement: measures what the knapsack makes of changes."""
+
+    action: ClassVar[Action] = "measure"
+
+
+class Turn(Change):
+    """One answer without tools: what to do, and with which changes."""
+
+    action: Action = Field(description="predict (free) or measure (takes one measurement)")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One thing that an answer asks for."""
+
+    change: Predict | Measure | Turn
+    call: str | None = None
+    """Id of the tool's call; None without tools."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,11 +79,17 @@ class Answer:
     calls: tuple[ToolCall, ...] = ()
     """Its calls of tools."""
 
+    asked: tuple[Request, ...] = ()
+    """What it asks for, where the client has parsed it."""
+
     problem: str | None = None
     """Why the text is unusable; None means that it may be usable."""
 
     usage: TokenUsage | None = None
     """Usage of the last attempt; None means that the server did not say."""
+
+    request: Mapping[str, Any] = field(default_factory=dict)
+    """Body of the request, as it was sent."""
 
     unanswered: int = 0
     """Attempts without an answer, for which the server may charge all the same."""

@@ -6,6 +6,7 @@ from pathlib import Path
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError
 from tdc_ray.pruning.llm.answer import TokenUsage
+from tdc_ray.pruning.llm.reply import Form
 from tdc_ray.pruning.llm.transcripts import total_usage
 
 
@@ -22,6 +23,8 @@ class Budget:
         self._spent = TokenUsage()
         self._reserved: list[TokenUsage] = []
         self._folders: set[Path] = set()
+        self.forms: dict[tuple[str | None, str], Form] = {}
+        """The form of answers that a server's model takes, by its address and name."""
 
     @property
     def spent(self) -> TokenUsage:

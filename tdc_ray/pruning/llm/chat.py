@@ -1,10 +1,12 @@
 """One request to a server with OpenAI's chat protocol. No key leaves this module.
 
-The openai client times attempts out, and repeats them after its own waits or Retry-After. Left to
-this module are a bound on all of a request's time, the attempts that a server may charge for, and
-a check of the answer: the client fills its types with whatever a server sends, and its strict
-mode refuses what lenient servers leave out. A streamed reply is received whole, too, so that the
-client's timeout bounds each silence, and its attempts cover a stream that breaks off.
+The openai client makes the schemas, times attempts out, repeats them after its own waits or
+Retry-After, and parses tool calls and structured output by the models of ``reply``. Left to this
+module are a bound on all of a request's time, the attempts that a server may charge for, and a
+check of the rest: the client fills its types with whatever a server sends, and its strict mode
+refuses what lenient servers leave out. A streamed reply is received whole, too, so that the
+client's timeout bounds each silence, and its attempts cover a stream that breaks off; what the
+client has not parsed is read from its text.
 
 The key comes from the environment alone. A server's text that could hold the key is left out, and
 nothing is raised from within an ``except``, so that no traceback has it.
@@ -15,12 +17,13 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 from pydantic import (
+    AliasChoices,
     AliasPath,
     BaseModel,
     BeforeValidator,
@@ -30,7 +33,8 @@ from pydantic import (
 )
 
 from tdc_ray.errors import ProxyError
-from tdc_ray.pruning.llm.answer import Answer, TokenUsage, ToolCall
+from tdc_ray.pruning.llm.answer import Answer, Request, TokenUsage, ToolCall
+from tdc_ray.pruning.llm.reply import Form, format_fields
 
 logger = logging.getLogger(__name__)
 
@@ -52,35 +56,30 @@ NO_KEY = "none"
 
 
 def _as_text(value: Any) -> Any:
+    if isinstance(value, list):  # parts of a text
+        value = "".join(str(part.get("text") or "") for part in value if isinstance(part, dict))
     return json.dumps(value) if isinstance(value, dict) else value or ""
 
 
-class _Part(BaseModel):
-    text: str | None = None
+_Text = Annotated[str, BeforeValidator(_as_text)]
+"""A text, which some servers send in parts, or as an object in place of its JSON, or leave out."""
 
 
 class _Function(BaseModel):
-    name: Annotated[str, BeforeValidator(_as_text)] = ""
-    arguments: Annotated[str, BeforeValidator(_as_text)] = ""
-    """Some servers send an object in place of its JSON."""
+    name: _Text = ""
+    arguments: _Text = ""
 
 
-class _ToolCall(BaseModel):
+class _Call(BaseModel):
     id: str | None = None
-    function: _Function
-
-
-class _CallPart(_ToolCall):
-    """What an event adds to a call."""
-
     index: int | None = None
     function: _Function = Field(default_factory=_Function)
 
 
 class _Message(BaseModel):
-    content: str | list[_Part] | None = None
-    tool_calls: list[_ToolCall] | None = None
-    refusal: str | None = None
+    content: _Text = ""
+    refusal: _Text = ""
+    tool_calls: list[_Call] | None = None
 
 
 class _Tokens(BaseModel):
@@ -88,36 +87,21 @@ class _Tokens(BaseModel):
     completion_tokens: NonNegativeInt
 
 
-class _Completion(BaseModel):
-    message: _Message = Field(validation_alias=AliasPath("choices", 0, "message"))
+class _Reply(BaseModel):
+    """A reply, or what an event adds to a streamed one."""
+
+    message: _Message = Field(
+        default_factory=_Message,
+        validation_alias=AliasChoices(
+            AliasPath("choices", 0, "message"), AliasPath("choices", 0, "delta")
+        ),
+    )
     finish_reason: str | None = Field(
         default=None, validation_alias=AliasPath("choices", 0, "finish_reason")
     )
     usage: Annotated[_Tokens | Any, Field(union_mode="left_to_right")] = None
     """A reply is good whatever its server counts."""
-
-
-class _Delta(BaseModel):
-    content: str | list[_Part] | None = None
-    tool_calls: list[_CallPart] | None = None
-    refusal: str | None = None
-
-
-class _Event(BaseModel):
-    """What an event adds to a streamed reply."""
-
-    delta: _Delta = Field(
-        default_factory=_Delta, validation_alias=AliasPath("choices", 0, "delta")
-    )
-    finish_reason: str | None = Field(
-        default=None, validation_alias=AliasPath("choices", 0, "finish_reason")
-    )
-    usage: Any = None
     error: Any = None
-
-
-BROKEN_OFF = "broken off"
-"""Stands for the finish_reason of a stream that ended without one; an error may follow."""
 
 
 def server_host(base_url: str | None) -> str:
@@ -198,6 +182,7 @@ def token_limit_field(host: str) -> str:
 
 def send(
     request: Mapping[str, Any],
+    form: Form,
     *,
     base_url: str | None,
     timeout_s: float,
@@ -207,7 +192,8 @@ def send(
     """Send a request and read the response.
 
     Args:
-        request: Its body; may ask for a stream.
+        request: Its body, without the form of the answer; may ask for a stream.
+        form: The form of the answer.
         base_url: Address of the server; None means the one that the environment names.
         timeout_s: Longest silence of the server before the client tries again.
         max_retries: How often it does, then and after 429 and 5xx.
@@ -215,14 +201,14 @@ def send(
     """
     import openai  # slow to import, and only the process that makes the calls needs it
 
-    attempts = _Attempts()
+    attempts = _Attempts(dict(request))
     hooks: dict[str, list[Any]] = {"request": [attempts.begin], "response": [attempts.end]}
 
     # The client itself is to wait for the whole body, and knows no stream.
     streaming = {name: request[name] for name in STREAMED if name in request}
     others = {name: value for name, value in request.items() if name not in STREAMED}
 
-    async def post() -> tuple[str, bool]:
+    async def post() -> Answer:
         async with (
             asyncio.timeout(max_seconds),  # ends the client's waits, too, as no thread could
             openai.DefaultAsyncHttpxClient(event_hooks=hooks) as http,
@@ -234,43 +220,50 @@ def send(
                 http_client=http,
             ) as client,
         ):
-            create = client.chat.completions.with_raw_response.create
-            response = await create(**others, extra_body=streaming)
-            kind = response.headers.get("Content-Type", "")  # not all servers can stream
-            return str(response.text), kind.startswith("text/event-stream")
+            parse = client.chat.completions.with_raw_response.parse
+            response = await parse(**others, **format_fields(form), extra_body=streaming)
+            kind, body = response.headers.get("Content-Type", ""), str(response.text)
+            is_stream = kind.startswith("text/event-stream")  # not all servers can stream
+            answer = _read(body, is_stream=is_stream)
+            is_plain = is_stream or answer.problem is not None or redact(body) != body
+            return answer if is_plain else replace(answer, asked=_parsed(response, answer.calls))
 
-    status, usage = 0, None
+    answer, problem = Answer(status=0), ""
     try:
-        body, is_stream = asyncio.run(post())
+        answer = asyncio.run(post())
+        attempts.unanswered -= 1
     except openai.APIStatusError as error:
-        status, usage = error.status_code, TokenUsage(calls=1)
-        if status in (401, 403):  # the body may show a part of the key
-            problem = f"the server refused the key (HTTP {status}): check {KEY}."
+        answer = Answer(usage=TokenUsage(calls=1), status=error.status_code)
+        if answer.status in (401, 403):  # the body may show a part of the key
+            problem = f"the server refused the key (HTTP {answer.status}): check {KEY}."
         else:
-            problem = f"the server answered HTTP {status}: {error.message}"
+            problem = f"the server answered HTTP {answer.status}: {error.message}"
     except (TimeoutError, openai.APITimeoutError):
         problem = f"no answer in time: proxy.timeout_s {timeout_s:g}, {max_seconds:.3g} s left."
     except openai.APIConnectionError as error:
         problem = f"no connection to the server: {error.__cause__ or error}"
     except (openai.OpenAIError, OSError, ValueError, ImportError) as error:
         problem = f"the request failed: {type(error).__name__}: {error}"
-    else:
-        return replace(_read(body, is_stream=is_stream), unanswered=attempts.unanswered - 1)
-    problem = _without_address(redact(problem), _address(base_url))[:MAX_PROBLEM_CHARS]
-    return Answer(problem=problem, usage=usage, unanswered=attempts.unanswered, status=status)
+    if problem:
+        problem = _without_address(redact(problem), _address(base_url))[:MAX_PROBLEM_CHARS]
+        answer = replace(answer, problem=problem)
+    return replace(answer, request=attempts.request, unanswered=attempts.unanswered)
 
 
 @dataclass(slots=True)
 class _Attempts:
-    """Counts the client's attempts at one request that reached a server and were not refused.
+    """Notes a request, and counts the attempts at it that reached a server and were not refused.
 
     The client's own count of retries includes those that reached no server or were answered by
     429.
     """
 
+    request: dict[str, Any]
+    """The body, as it was sent; until then without the form of the answer."""
     unanswered: int = 0
 
     async def begin(self, request: Any) -> None:
+        self.request = json.loads(request.content)
         request.extensions["trace"] = self._trace
 
     async def _trace(self, event: str, info: Mapping[str, Any]) -> None:
@@ -281,74 +274,75 @@ class _Attempts:
         self.unanswered -= response.status_code != 200  # a 200 may still break off
 
 
-def _read(body: str, *, is_stream: bool) -> Answer:
-    """Check an answer."""
+def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
+    """Return what the client parses of an answer; nothing if any of it is not as it has to be."""
+    import openai
+    from openai.types.chat import ChatCompletion
+
     try:
-        completion = _joined(body) if is_stream else _Completion.model_validate_json(body)
+        ChatCompletion.model_validate_json(response.content)
+        message = response.parse().choices[0].message
+        pairs = list(zip(calls, message.tool_calls or (), strict=True))
+    except (openai.OpenAIError, ValueError):
+        return ()
+    parsed = [(one.function.parsed_arguments, call.id) for call, one in pairs]
+    parsed = parsed or [(message.parsed, None)]
+    return tuple(Request(change, call) for change, call in parsed if change is not None)
+
+
+def _read(body: str, *, is_stream: bool) -> Answer:
+    """Check an answer, whose events are joined if it is a stream."""
+    texts = [body]
+    if is_stream:
+        fields = (line.partition(":") for line in re.split(r"\r\n|\r|\n", body))
+        # Comments keep the connection alive.
+        texts = [data for name, _, data in fields if name == "data" and data.strip() != "[DONE]"]
+    try:
+        parts = [_Reply.model_validate_json(text) for text in texts]
     except ValidationError:
         return Answer(problem="the server's answer is no chat completion.")
-    counted, message = completion.usage, completion.message
-    usage = TokenUsage(calls=1, **dict(counted)) if isinstance(counted, _Tokens) else None
-    text, problem = _text_of(message.content), None
-    calls = tuple(
+    text = "".join(part.message.content for part in parts)
+    refusal = "".join(part.message.refusal for part in parts)
+    reason = next((part.finish_reason for part in reversed(parts) if part.finish_reason), None)
+    usages = [part.usage for part in parts if isinstance(part.usage, _Tokens)]
+    errors = [f": {part.error}" for part in parts if part.error]
+    calls, problem = _calls(parts), None
+    if refusal:
+        text, problem = refusal, "it is a refusal, but changes were asked for."
+    elif reason == "length":
+        problem = "it was cut off at the most tokens that a reply may have."
+    elif errors or (is_stream and reason is None):
+        problem = redact(f"the server broke it off{''.join(errors)}")[:MAX_PROBLEM_CHARS]
+    elif reason == "content_filter":
+        problem = "it was withheld by a content filter."
+    elif not text.strip() and not calls:
+        problem = "it is empty."
+    usage = TokenUsage(calls=1, **dict(usages[-1])) if usages else None
+    return Answer(text=redact(text), calls=calls, problem=problem, usage=usage)
+
+
+def _calls(parts: Sequence[_Reply]) -> tuple[ToolCall, ...]:
+    """Join the parts of each call of a tool."""
+    calls: list[_Call] = []
+    latest: dict[int, _Call] = {}
+    for reply in parts:
+        for place, part in enumerate(reply.message.tool_calls or ()):
+            index = place if part.index is None else part.index
+            call = latest.get(index)
+            # Some servers send every call whole, and all under one index.
+            if call is None or (part.id and call.id and part.id != call.id):
+                call = latest[index] = _Call(id=part.id)
+                calls.append(call)
+            call.function.name = call.function.name or part.function.name
+            call.function.arguments += part.function.arguments
+    return tuple(
         ToolCall(
             id=call.id or f"call_{number}",
             name=call.function.name,
             arguments=redact(call.function.arguments),
         )
-        for number, call in enumerate(message.tool_calls or ())
+        for number, call in enumerate(calls)
     )
-    if message.refusal:
-        text, problem = message.refusal, "it is a refusal, but changes were asked for."
-    elif completion.finish_reason == "length":
-        problem = "it was cut off at the most tokens that a reply may have."
-    elif (reason := completion.finish_reason or "").startswith(BROKEN_OFF):
-        problem = redact(f"the server broke it off{reason.removeprefix(BROKEN_OFF)}.")
-    elif completion.finish_reason == "content_filter":
-        problem = "it was withheld by a content filter."
-    elif not text.strip() and not calls:
-        problem = "it is empty."
-    return Answer(text=redact(text), calls=calls, problem=problem, usage=usage)
-
-
-def _text_of(content: str | list[_Part] | None) -> str:
-    if isinstance(content, list):
-        return "".join(part.text or "" for part in content)
-    return content or ""
-
-
-def _joined(body: str) -> _Completion:
-    """Join the events of a stream to what the reply would have been in one piece.
-
-    Raises:
-        ValidationError: An event is none of a chat completion's.
-    """
-    text = refusal = ""
-    calls: list[_CallPart] = []
-    latest: dict[int | None, _CallPart] = {}
-    finish_reason, usage = BROKEN_OFF, None
-    for line in re.split(r"\r\n|\r|\n", body):
-        name, _, data = line.partition(":")
-        if name != "data" or data.strip() == "[DONE]":  # comments keep the connection alive
-            continue
-        event = _Event.model_validate_json(data)
-        text += _text_of(event.delta.content)
-        refusal += event.delta.refusal or ""
-        finish_reason = event.finish_reason or finish_reason
-        if event.error:
-            finish_reason = f"{BROKEN_OFF}: {event.error}"[:MAX_PROBLEM_CHARS]
-        usage = event.usage or usage
-        for part in event.delta.tool_calls or ():
-            call = latest.get(part.index)
-            # Some servers send every call whole, and all under one index.
-            if call is None or (part.id and call.id and part.id != call.id):
-                call = latest[part.index] = _CallPart(id=part.id)
-                calls.append(call)
-            call.function.name = call.function.name or part.function.name
-            call.function.arguments += part.function.arguments
-    message = {"content": text, "refusal": refusal, "tool_calls": [c.model_dump() for c in calls]}
-    choice = {"message": message, "finish_reason": finish_reason}
-    return _Completion.model_validate({"choices": [choice], "usage": usage})
 
 
 def _without_address(text: str, url: str) -> str:

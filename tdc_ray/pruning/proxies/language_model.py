@@ -20,7 +20,7 @@ from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.pruning.changes import Planned, Planner
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.knapsack import step_worth
-from tdc_ray.pruning.llm.answer import Answer, TokenUsage
+from tdc_ray.pruning.llm.answer import Answer, Request, TokenUsage
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.chat import (
     check_server,
@@ -37,7 +37,7 @@ from tdc_ray.pruning.llm.prompt import (
     result_message,
     retry_messages,
 )
-from tdc_ray.pruning.llm.reply import Form, Request, format_fields, read_reply
+from tdc_ray.pruning.llm.reply import Form, format_fields, read_reply
 from tdc_ray.pruning.llm.transcripts import (
     VERSION,
     LLMExchange,
@@ -231,7 +231,10 @@ class LanguageModel:
             max_predictions=config.max_predictions,
         )
         forms = list(get_args(Form)) if config.reply_format == "auto" else [config.reply_format]
-        form = said.form or forms[0]
+        is_live = self._recorded is None  # in a replay the server refuses again
+        known = self._budget.forms if is_live and config.reply_format == "auto" else {}
+        server = config.base_url, config.model
+        form = said.form or known.get(server, forms[0])
         answered, num_bad, num_predictions = bool(said.messages), 0, 0
         while True:
             fields = {
@@ -243,7 +246,7 @@ class LanguageModel:
             body = {name: value for name, value in fields.items() if value is not None}
             if config.stream:
                 body |= {"stream": True, "stream_options": {"include_usage": True}}
-            answer, asked, problem = self._ask(body | format_fields(form))
+            answer, asked, problem = self._ask(body, form)
             if problem is not None:
                 is_unknown = answer.status in UNKNOWN_FORMAT and form != forms[-1]
                 if is_unknown and config.reply_format == "auto" and not answered:
@@ -254,7 +257,7 @@ class LanguageModel:
                     raise ProxyError(f"{config.model}, reply {num_bad}: {problem}")
                 messages = [*messages, *retry_messages(answer, problem)]
                 continue
-            answered = True
+            answered, known[server] = True, form
             left = config.max_predictions - num_predictions
             chosen, results = self._decide(planner, asked, left - 1)
             messages = [*messages, assistant_message(answer), *results, *_unread(answer, asked)]
@@ -310,16 +313,16 @@ class LanguageModel:
         chosen: list[tuple[Request, Planned]] = []
         results: list[tuple[str | None, dict[str, Any]]] = []
         for one in asked:
-            planned = planner.plan(one.change, one.dropped)
+            planned = planner.plan(one.change)
             result = planned_result(request, planner, planned)
             objection = planner.objection(planned)
             if _key(planned.scheme) in tried:
                 result["not_measured"] = "this group has measured this scheme already"
-            elif one.action == "measure" and objection is not None:
+            elif one.change.action == "measure" and objection is not None:
                 result["not_measured"] = objection
-            elif one.action == "measure" and len(chosen) == request.num_candidates:
+            elif one.change.action == "measure" and len(chosen) == request.num_candidates:
                 result["not_measured"] = "no measurement is left in this round"
-            elif one.action == "measure":
+            elif one.change.action == "measure":
                 chosen.append((one, planned))
                 tried.add(_key(planned.scheme))
                 continue
@@ -337,17 +340,17 @@ class LanguageModel:
     ) -> ProposalReply:
         return ProposalReply(
             schemes=tuple(planned.scheme for _, planned in chosen),
-            hypotheses=tuple(one.hypothesis for one, _ in chosen),
+            hypotheses=tuple(one.change.hypothesis for one, _ in chosen),
             repaired=tuple(bool(planned.dropped) for _, planned in chosen),
             notes=tuple(note for _, planned in chosen for note in planned.dropped),
             conversation=conversation,
         )
 
-    def _ask(self, body: dict[str, Any]) -> tuple[Answer, list[Request], str | None]:
+    def _ask(self, body: dict[str, Any], form: Form) -> tuple[Answer, list[Request], str | None]:
         """Get the next answer, and read and note it; the last is why it cannot be used."""
         started = time.monotonic()
         if self._recorded is None:
-            answer, used = self._call(body)
+            answer, used = self._call(body, form)
         elif self._recorded:
             answer, used = self._recorded.pop(0), TokenUsage()
         else:
@@ -361,7 +364,7 @@ class LanguageModel:
                 problem = str(error)
         if self._recorded is None:
             exchange = LLMExchange(
-                request=body,
+                request=answer.request,
                 reply=answer.text,
                 error=problem,
                 usage=used,
@@ -376,12 +379,13 @@ class LanguageModel:
             self._number += 1
         return answer, asked, problem
 
-    def _call(self, body: dict[str, Any]) -> tuple[Answer, TokenUsage]:
+    def _call(self, body: dict[str, Any], form: Form) -> tuple[Answer, TokenUsage]:
         """Make a call within the budget; unknown usage counts as the most that it can be."""
         config = self._job.config
         once = TokenUsage(
             calls=1,
-            prompt_tokens=len(json.dumps(body)),  # no token stands for less than a byte
+            # No token stands for less than a byte, and no form takes more than tools.
+            prompt_tokens=len(json.dumps(body | format_fields("tools"))),
             completion_tokens=config.max_completion_tokens,
         )
         used = bound = sum([once] * config.max_retries, start=once)
@@ -389,6 +393,7 @@ class LanguageModel:
         try:
             answer = send(
                 body,
+                form,
                 base_url=config.base_url,
                 timeout_s=config.timeout_s,
                 max_retries=config.max_retries,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from tdc_ray.errors import ProxyReplyError
 from tdc_ray.pruning.changes import MAX_HYPOTHESIS, Bound, Planner
 from tdc_ray.pruning.llm.answer import Answer, ToolCall
-from tdc_ray.pruning.llm.reply import MAX_CHARS, format_fields, read_reply
+from tdc_ray.pruning.llm.reply import MAX_CHARS, read_reply
 from tests.pruning.requests import TASK, is_legal
 
 TURN = {"reasoning": "r", "hypothesis": "a\nb", "action": "measure"}
@@ -41,14 +41,14 @@ def call(name: str, arguments: str) -> ToolCall:
 )
 def test_the_object_in_a_text_is_read(text):
     (asked,) = read_reply(Answer(text=text))
-    assert (asked.action, asked.call, asked.hypothesis) == ("measure", None, "a b")
+    assert (asked.change.action, asked.call, asked.change.hypothesis) == ("measure", None, "a b")
     assert asked.change.bounds == [Bound(unit=1, least=2, most=3)]
 
 
 def test_calls_of_tools_are_read_in_order_and_an_unreadable_one_discards_itself():
     calls = (call("predict", GOOD), call("cut", "{}"), call("measure", ""), call("predict", "{"))
     asked = read_reply(Answer(text="Let me see {", calls=calls))
-    assert [(one.action, one.call) for one in asked] == [
+    assert [(one.change.action, one.call) for one in asked] == [
         ("predict", "id-predict"),
         ("measure", "id-measure"),
     ]
@@ -80,25 +80,12 @@ def test_whatever_passes_is_safe_to_prune_with(turn):
         (asked,) = read_reply(Answer(text=json.dumps(turn)))
     except ProxyReplyError:
         return
-    planned = PLANNER.plan(asked.change, asked.dropped)
+    planned = PLANNER.plan(asked.change)
     assert is_legal(planned.scheme)
     assert TASK.space.macs(planned.scheme) <= TASK.limit
 
 
 def test_a_hypothesis_is_one_short_line():
     (asked,) = read_reply(Answer(text=json.dumps(TURN | {"hypothesis": "x\n" * 9999})))
-    assert len(asked.hypothesis) == MAX_HYPOTHESIS
-    assert "\n" not in asked.hypothesis
-
-
-def test_the_schema_begins_with_the_reasoning_and_is_strict():
-    tools = format_fields("tools")["tools"]
-    assert [tool["function"]["name"] for tool in tools] == ["predict", "measure"]
-    wanted = format_fields("schema")["response_format"]["json_schema"]
-    assert format_fields("json") == {}
-    for schema in (*(tool["function"]["parameters"] for tool in tools), wanted["schema"]):
-        assert next(iter(schema["properties"])) == "reasoning"
-        assert sorted(schema["required"]) == sorted(schema["properties"])
-        assert "default" not in json.dumps(schema)
-        assert schema["additionalProperties"] is False
-    assert wanted["schema"]["properties"]["action"]["enum"] == ["predict", "measure"]
+    assert len(asked.change.hypothesis) == MAX_HYPOTHESIS
+    assert "\n" not in asked.change.hypothesis

@@ -438,6 +438,23 @@ def test_the_transcript_holds_requests_replies_and_what_they_took(tmp_path, monk
     assert all(line["usage"] == {"calls": 1} | took for line in lines)
 
 
+def test_a_form_that_the_server_refuses_is_asked_for_once_a_run(tmp_path, monkeypatch):
+    jobs = [job_in(tmp_path), replace(job_in(tmp_path), request=task(round=2))]
+    budget = Budget(jobs[0].config)
+    with serving(refuses_format(says(GOOD))) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        for job in jobs:
+            result = propose_by_llm(job, lambda *_: None, budget)
+            assert result.conversation.form == "json"
+    assert len(server.requests) == 3 + 1
+    _, server = run(job_in(tmp_path / "b", model="b"), monkeypatch, says(GOOD), budget=budget)
+    assert "tools" in server.requests[0]
+    for job in jobs:
+        replay = replace(job, config=replace(job.config, replay=str(tmp_path)))
+        replayed = propose_by_llm(replay, lambda *_: None, budget)
+        assert (replayed.error, replayed.schemes) == (None, SCHEMES)
+
+
 def test_a_replay_makes_no_call_and_gives_the_same_schemes(tmp_path, monkeypatch):
     job = job_in(tmp_path / "first")
     result, _ = run(job, monkeypatch, says("Hm."), fails(503), fails(503))

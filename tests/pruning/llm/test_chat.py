@@ -1,0 +1,96 @@
+"""What the client itself makes of a real server's answers, and what is left to read."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tdc_ray.pruning.changes import Bound
+from tdc_ray.pruning.llm.answer import Answer, Measure, Predict, Turn
+from tdc_ray.pruning.llm.chat import send
+from tdc_ray.pruning.llm.reply import Form, read_reply
+from tests.pruning.llm.openai_server import Step, calling, says, serving
+
+CHANGE = {"reasoning": "r", "hypothesis": "h", "distrust": [], "moves": [], "shares": []}
+CHANGE |= {"bounds": [{"unit": "mid", "least": 1, "most": 1}, {"unit": 1, "least": 2, "most": 3}]}
+TURN = json.dumps(CHANGE | {"action": "predict"})
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-proj-Zx81-secretSECRET-47pq")
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+
+
+def sent(form: Form, step: Step, **fields: Any) -> tuple[Answer, dict[str, Any]]:
+    """Send a request to a server that answers by a step; give its answer, and what it got."""
+    request = {"model": "m", "messages": [{"role": "user", "content": "?"}], **fields}
+    with serving(step) as server:
+        limits = {"timeout_s": 20.0, "max_retries": 0, "max_seconds": 20.0}
+        answer = send(request, form, base_url=server.url, **limits)
+        return answer, server.requests[0]
+
+
+@pytest.mark.parametrize("form", ["tools", "schema"])
+def test_the_client_parses_by_the_models_and_a_bad_entry_discards_itself_alone(form):
+    answer, got = sent(
+        form, calling(("measure", CHANGE), ("predict", {})) if form == "tools" else says(TURN)
+    )
+    kinds = [Measure, Predict] if form == "tools" else [Turn]
+    assert [type(one.change) for one in answer.asked] == kinds
+    assert [one.call for one in answer.asked] == ([one.id for one in answer.calls] or [None])
+    assert read_reply(answer) == list(answer.asked)
+    change = answer.asked[0].change
+    assert change.bounds == [Bound(unit=1, least=2, most=3)]
+    (note,) = change.dropped
+    assert "'mid', 'least': 1, 'most': 1} is none: unit: Input should be a valid int" in note
+    assert answer.request == got
+
+
+@pytest.mark.parametrize(
+    ("form", "step", "fields"),
+    [
+        ("tools", calling(("measure", "{"), ("predict", CHANGE)), {}),
+        ("tools", calling(("predict", CHANGE), ids=False), {}),
+        ("tools", says(TURN), {}),
+        ("tools", calling(("predict", CHANGE)), {"stream": True}),
+        ("schema", says(f"Sure! {TURN}"), {}),
+        ("schema", says([{"type": "text", "text": TURN}]), {}),
+        ("json", says(TURN), {}),
+    ],
+)
+def test_what_the_client_cannot_parse_is_read_all_the_same(form, step, fields):
+    answer, _ = sent(form, step, **fields)
+    assert (answer.problem, answer.asked) == (None, ())
+    (asked,) = read_reply(answer)
+    assert (asked.change.action, asked.change.hypothesis) == ("predict", "h")
+
+
+def test_no_hypothesis_holds_the_key():
+    def tells(handler: Any) -> None:
+        key = handler.headers["Authorization"]
+        says(json.dumps(CHANGE | {"action": "measure", "hypothesis": key}))(handler)
+
+    answer, _ = sent("schema", tells)
+    assert [one.change.hypothesis for one in read_reply(answer)] == ["Bearer [key]"]
+
+
+@pytest.mark.parametrize("form", ["tools", "schema", "json"])
+def test_schemas_begin_with_the_reasoning_and_are_strict(form):
+    _, got = sent(form, says(TURN))
+    tools = [tool["function"] for tool in got.get("tools", ())]
+    wanted = got.get("response_format", {}).get("json_schema", {})
+    assert [tool["name"] for tool in tools] == ["predict", "measure"] * (form == "tools")
+    schemas = [tool["parameters"] for tool in tools]
+    if form == "schema":
+        assert wanted["strict"] is True
+        assert wanted["schema"]["properties"]["action"]["enum"] == ["predict", "measure"]
+        schemas.append(wanted["schema"])
+    assert len(schemas) == {"tools": 2, "schema": 1, "json": 0}[form]
+    for schema in schemas:
+        assert next(iter(schema["properties"])) == "reasoning"
+        assert sorted(schema["required"]) == sorted(schema["properties"])
+        assert not {"default", "dropped"} & set(json.dumps(schema).split('"'))
+        assert schema["additionalProperties"] is False
