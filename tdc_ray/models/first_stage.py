@@ -61,6 +61,11 @@ class FirstStage(nn.Module):
         device: torch.device = self.model.device
         return device
 
+    @property
+    def factor(self) -> int:
+        """Pixels of an image for each of its latents, by height and by width."""
+        return downsampling(self.model.config["block_out_channels"])
+
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
         """Encode images ``(B, C, H, W)`` in [-1, 1] to latents ``(B, c, h, w)``, float32.
