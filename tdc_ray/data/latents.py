@@ -13,7 +13,7 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.prompts import STATES_FILE, encoding_of_prompts, load_states
+from tdc_ray.data.prompts import STATES_FILE, empty_prompt, encoding_of_prompts, load_states
 from tdc_ray.data.sources.base import BaseSamples
 from tdc_ray.data.sources.encoded import Names
 from tdc_ray.data.tensor_shards import CLASSES, missing_shards, named, read_rows, shard_path
@@ -22,6 +22,7 @@ from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import AnyItem, Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.models.labels import CaptionDropout
 from tdc_ray.models.text_encoder import (
     PromptStates,
     check_text_encoder,
@@ -73,12 +74,22 @@ class TrainingData:
 
     def prompts(self) -> PromptStates | None:
         """Return the states of the prompts that images are drawn for; None if for none."""
+        folder = self._states_folder()
+        return None if folder is None else load_states(folder)
+
+    def caption_dropout(self, share: float) -> CaptionDropout | None:
+        """Return the dropout of captions that networks are trained with; None without."""
+        if not share:
+            return None
+        folder = self._states_folder()
+        assert folder is not None  # runs.preflight.check_prompts
+        return CaptionDropout(share, empty_prompt(folder))
+
+    def _states_folder(self) -> Path | None:
         folder = self.latents
         if folder is None and self.data.source == BASE_SAMPLES and self.data.path is not None:
             folder = resolve_path(self.data.path)
-        if folder is None or not exists(folder / STATES_FILE):
-            return None
-        return load_states(folder)
+        return None if folder is None or not exists(folder / STATES_FILE) else folder
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,6 +157,11 @@ def check_prompts(
                 "data.text_encoder goes with a base conditioned on text, got "
                 f"{data.text_encoder} with one that is not. Leave it out."
             )
+        if conditioning.caption_dropout:
+            raise ConfigError(
+                "conditioning.caption_dropout must be 0 for a base that is not conditioned on "
+                f"text, got {conditioning.caption_dropout}. Leave it out."
+            )
         return
     if conditioning.num_classes is not None:
         raise ConfigError(

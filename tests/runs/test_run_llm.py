@@ -59,7 +59,9 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, 
         )
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         asked = len(server.requests)
-    shown = EventAccumulator(str(tmp_path / "run" / "tensorboard" / "proxy"), {"tensors": 0}).Reload()
+    shown = EventAccumulator(
+        str(tmp_path / "run" / "tensorboard" / "proxy"), {"tensors": 0}
+    ).Reload()
     told = [
         one.tensor_proto.string_val[0]
         for tag in shown.Tags()["tensors"]

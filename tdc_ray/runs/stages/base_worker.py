@@ -130,8 +130,9 @@ def train_base(
     state = start_state(unet if mesh else unet.to(worker.device), config.base, mesh=mesh)
     if resume_from is not None:
         state.load(resume_from)
+    data = training_data(config.data, config.evaluate.cache_dir)
     images = batches(
-        training_data(config.data, config.evaluate.cache_dir).open(),
+        data.open(),
         batch_size=config.base.batch_size,
         seed=derive_seed(config.seed, "base", "order"),
         start_step=state.step,
@@ -151,6 +152,7 @@ def train_base(
         seed=derive_seed(config.seed, "base"),
         rank=worker.rank,
         label_dropout=config.conditioning.label_dropout,
+        caption_dropout=data.caption_dropout(config.conditioning.caption_dropout),
         report=report,
         save=save,
     )
