@@ -8,6 +8,7 @@ import torch
 import transformers
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -84,6 +85,20 @@ def stable_diffusion(folder: Path) -> DiffusionPipeline:
         tokenizer=clip_tokenizer(folder),
         unet=unet(cross_attention_dim=16),
         scheduler=PNDMScheduler(**NOISE, skip_prk_steps=True, steps_offset=1),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def of_pixels(folder: Path) -> DiffusionPipeline:
+    """Of 8 x 8 grey pixels, without a first stage."""
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=transformers.CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(folder),
+        unet=unet(cross_attention_dim=16, in_channels=1, out_channels=1),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

@@ -171,11 +171,6 @@ def check_prompts(
     pipeline = check_text_encoder(data.text_encoder)
     check_captions_read(pipeline, caption_shapes(class_name(network), network))
     if data.source != BASE_SAMPLES:
-        if data.first_stage is None:
-            raise ConfigError(
-                "data.first_stage must be given with captions, whose states are kept beside "
-                "latents. Set --data.first-stage, or --data base."
-            )
         captions_of(data)
 
 

@@ -383,6 +383,9 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
         "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
         "conditioning": {"num_classes": config.conditioning.num_classes},
     }
+    if config.data.text_encoder is not None:
+        stages["data"] = {"text_encoder": config.data.text_encoder}
+        stages["sampler"]["guidance_scale"] = config.sampler.guidance_scale
     is_latent = config.data.first_stage is not None
     first_stage = run_dir.experts / FIRST_STAGE_DIR if is_latent else None
     return _diffusers(source, unet or run_dir.base_unet, stages, "EMA", first_stage)
