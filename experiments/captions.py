@@ -1,6 +1,6 @@
 """Do a base and its experts draw what a caption asks for?
 
-    python experiments/captions.py --seeds 0
+    python experiments/captions.py --steps-share 0.5
     python experiments/captions.py --smoke
 
 Digits with the captions "a handwritten zero" to "a handwritten nine": a small
@@ -77,6 +77,8 @@ class CaptionFlags(Flags):
     seeds: tuple[int, ...] = (0,)
     guidance_scales: tuple[float, ...] = (1.0, 3.0)
     """Weights of guidance; 1 means none."""
+    num_groups: int = 2
+    """Groups of timesteps."""
     num_images: int = 200
     """Images of each model, of all digits alike often."""
 
@@ -203,8 +205,7 @@ def main(flags: CaptionFlags) -> None:
         trained = train(config, untrained, root / "base")
         base = tdc.load_base(trained, settings=replace(config, model=ModelConfig()))
         limits = {"schedule": "measured", "mean_macs_share": MACS_SHARE}
-        num_groups = config.plan.num_groups
-        plan = tdc.plan_groups(base.scheduler, num_groups=num_groups, **limits)
+        plan = tdc.plan_groups(base.scheduler, num_groups=flags.num_groups, **limits)
         how = {"folder": root / "experts", "progress": False}
         pruned = tdc.prune(base, plan, images, **how)
         steps = config.finetune.num_steps
