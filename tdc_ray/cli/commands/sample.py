@@ -136,6 +136,9 @@ class SampleCommand:
             turns = image_labels(
                 pipeline.num_classes if classes is None else len(classes), first, count
             )
+            told: dict[str, Any] = {}
+            if states is not None:
+                told |= conditions_of_images(states, first, count)
             output = pipeline(
                 count,
                 generators,
@@ -143,7 +146,7 @@ class SampleCommand:
                 output_type="np",
                 class_labels=turns if classes is None else classes[turns],
                 guidance_scale=self.guidance_scale,
-                **({} if states is None else conditions_of_images(states, first, count)),
+                **told,
             )
             pixels.append(output.images)
         images = np.concatenate(pixels)
