@@ -89,7 +89,8 @@ class DataConfig:
     of an image in webdataset. A base conditioned on text brings its own along."""
 
     first_stage: str | None = None
-    """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
+    """Folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC: the denoisers then learn its
+    latents."""
 
     def __post_init__(self) -> None:
         rule = f"below data.image_size = {size_text(self.image_size)}"

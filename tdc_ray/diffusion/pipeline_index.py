@@ -33,7 +33,7 @@ class ExpertEntry(BaseModel, frozen=True):
     """Included."""
 
 
-class PipelineIndex(BaseModel, frozen=True):
+class PipelineIndex(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """Which expert serves which timesteps, and how to sample with them."""
 
     format: Literal[1] = 1
