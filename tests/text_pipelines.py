@@ -7,7 +7,9 @@ from typing import Any
 import torch
 import transformers
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    DDIMScheduler,
     DiffusionPipeline,
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
@@ -15,6 +17,8 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
     PNDMScheduler,
+    SanaPipeline,
+    SanaTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
@@ -90,6 +94,20 @@ def stable_diffusion(folder: Path) -> DiffusionPipeline:
     )
 
 
+def of_pixels(folder: Path) -> DiffusionPipeline:
+    """Of 8 x 8 grey pixels, without a first stage."""
+    return StableDiffusionPipeline(
+        vae=None,
+        text_encoder=transformers.CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(folder),
+        unet=unet(cross_attention_dim=16, in_channels=1, out_channels=1),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
 def stable_diffusion_xl(folder: Path) -> DiffusionPipeline:
     return StableDiffusionXLPipeline(
         vae=autoencoder(),
@@ -158,6 +176,49 @@ def pixart(_: Path) -> DiffusionPipeline:
             caption_channels=16,
         ),
         scheduler=DPMSolverMultistepScheduler(beta_start=0.0001, beta_end=0.02),
+    )
+
+
+def sana(_: Path) -> DiffusionPipeline:
+    """Of 64 x 64 pixels, which a deep-compression autoencoder makes 8 x 8 latents of."""
+    levels = 4
+    gemma = transformers.Gemma2Config(
+        vocab_size=4 + len(LETTERS),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    return SanaPipeline(
+        vae=AutoencoderDC(
+            latent_channels=4,
+            encoder_block_out_channels=(8,) * levels,
+            decoder_block_out_channels=(8,) * levels,
+            encoder_layers_per_block=(1,) * levels,
+            decoder_layers_per_block=(1,) * levels,
+            encoder_qkv_multiscales=((),) * levels,
+            decoder_qkv_multiscales=((),) * levels,
+            scaling_factor=0.41407,
+        ),
+        text_encoder=transformers.Gemma2Model(gemma),
+        tokenizer=t5_tokenizer(),
+        transformer=SanaTransformer2DModel(
+            in_channels=4,
+            out_channels=4,
+            num_attention_heads=4,
+            attention_head_dim=8,
+            num_layers=2,
+            num_cross_attention_heads=4,
+            cross_attention_head_dim=8,
+            cross_attention_dim=32,
+            caption_channels=16,
+            sample_size=8,
+        ),
+        scheduler=DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
     )
 
 

@@ -1,4 +1,4 @@
-"""Class conditioning, and the null class: ``--conditioning.*``."""
+"""Class conditioning, and what stands for no class or caption: ``--conditioning.*``."""
 
 from tdc_ray.config.validation import PositiveInt, Share, require, settings
 
@@ -14,6 +14,10 @@ class ConditioningConfig:
     """Share of the training images whose label is replaced by the null class, in [0, 1). Above 0 a
     named architecture embeds that class too, as its last, and can be sampled with guidance
     (arXiv:2207.12598)."""
+
+    caption_dropout: Share = 0.0
+    """Share of the training images, of base and experts, whose caption is replaced by the empty
+    prompt, in [0, 1), for guidance of models that are conditioned on text."""
 
     def __post_init__(self) -> None:
         known = not self.label_dropout or self.num_classes is not None

@@ -85,10 +85,12 @@ class DataConfig:
 
     text_encoder: str | None = None
     """Folder of a diffusers pipeline whose text encoder reads prompts, and captions: the column
-    `text` of source imagefolder's metadata. A base conditioned on text brings its own along."""
+    `text` of source imagefolder's metadata, the column `text` or `caption` of parquet, the `.txt`
+    of an image in webdataset. A base conditioned on text brings its own along."""
 
     first_stage: str | None = None
-    """Folder of a diffusers VQModel or AutoencoderKL: the denoisers then learn its latents."""
+    """Folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC: the denoisers then learn its
+    latents."""
 
     def __post_init__(self) -> None:
         rule = f"below data.image_size = {size_text(self.image_size)}"

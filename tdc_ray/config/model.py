@@ -36,9 +36,9 @@ class ModelConfig:
     """Residual blocks per level of architecture auto; None means the family's."""
 
     config: str | None = None
-    """The config.json of a diffusers UNet2DModel or DiTTransformer2DModel, or its folder, in place
-    of `architecture`: that network is trained from scratch. Its content counts for a run, wherever
-    the file lies."""
+    """The config.json of a diffusers UNet2DModel, DiTTransformer2DModel or UNet2DConditionModel
+    (which reads captions: `data.text_encoder`), or its folder, in place of `architecture`: that
+    network is trained from scratch. Its content counts for a run, wherever the file lies."""
 
     network: Annotated[dict[str, Any] | None, Fixed, Suppress] = None
     """The network's settings once a run has chosen them (architecture auto) or read them

@@ -195,6 +195,7 @@ PATHS = (
 
 LATER_FIELDS = {
     "data": ("num_images", "prompts", "text_encoder"),
+    "conditioning": ("caption_dropout",),
     "diffusion": LATER_DIFFUSION_FIELDS,
     "model": (
         "width",

@@ -51,9 +51,15 @@ def data_key(
         "images": images_key(data),
         "data": without(asdict(data.data), LOCATION_FIELDS),
         "diffusion": diffusion_key(diffusion),
-        "conditioning": asdict(conditioning),
+        "conditioning": conditioning_key(conditioning),
         "tf32": tf32,
     }
+
+
+def conditioning_key(conditioning: ConditioningConfig) -> Inputs:
+    """Return what models are conditioned on; a dropout of captions only where there is one."""
+    before = () if conditioning.caption_dropout else ("caption_dropout",)
+    return without(asdict(conditioning), before)
 
 
 def diffusion_key(diffusion: DiffusionConfig) -> Inputs:

@@ -1,4 +1,8 @@
-"""A dataset's latents: computed once, kept in the cache as safetensors, read bit by bit."""
+"""A dataset's latents, and what networks read of its captions: computed once, kept in the cache.
+
+They lie in shards of safetensors, which are read bit by bit. Beside the captions of a dataset
+without a first stage its images themselves lie there.
+"""
 
 import functools
 import logging
@@ -13,7 +17,7 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.prompts import STATES_FILE, encoding_of_prompts, load_states
+from tdc_ray.data.prompts import STATES_FILE, empty_prompt, encoding_of_prompts, load_states
 from tdc_ray.data.sources.base import BaseSamples
 from tdc_ray.data.sources.encoded import Names
 from tdc_ray.data.tensor_shards import CLASSES, missing_shards, named, read_rows, shard_path
@@ -22,6 +26,7 @@ from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import AnyItem, Inputs, Report, WorkItem
 from tdc_ray.models.first_stage import BATCH, first_stage_digest, input_shape, load_first_stage
+from tdc_ray.models.labels import CaptionDropout
 from tdc_ray.models.text_encoder import (
     PromptStates,
     check_text_encoder,
@@ -37,6 +42,9 @@ VERSION = 1
 
 MOST_PROMPTS = 1024
 """Captions that images are drawn for where captioned ones are learnt, evenly spread."""
+
+LATENTS, IMAGES = "latents", "images"
+"""Names of what is learnt in a shard: latents, or images where there is no first stage."""
 
 CAPTIONS = "captions"
 """Name of what stands in a shard for its images' captions."""
@@ -54,18 +62,19 @@ class TrainingData:
     data: DataConfig
 
     latents: Path | None = None
-    """Folder of the latents' shards; None means the images themselves."""
+    """Folder of the shards of latents, or of captioned images; None means the images themselves,
+    as they are."""
 
     @property
     def is_captioned(self) -> bool:
-        """Whether the states of captions lie beside the latents."""
+        """Whether the states of captions lie beside the latents, or the images."""
         return self.data.text_encoder is not None and self.data.source != BASE_SAMPLES
 
     def open(self) -> ImageDataset:
-        """Open the images, or the latents that :func:`prepare_latents` computed.
+        """Open the images, or the shards that :func:`prepare_latents` computed.
 
         Raises:
-            DataError: The data is missing or malformed, or latents were not computed yet.
+            DataError: The data is missing or malformed, or shards were not computed yet.
         """
         if self.latents is None:
             return load_dataset(self.data)
@@ -73,12 +82,22 @@ class TrainingData:
 
     def prompts(self) -> PromptStates | None:
         """Return the states of the prompts that images are drawn for; None if for none."""
+        folder = self._states_folder()
+        return None if folder is None else load_states(folder)
+
+    def caption_dropout(self, share: float) -> CaptionDropout | None:
+        """Return the dropout of captions that networks are trained with; None without."""
+        if not share:
+            return None
+        folder = self._states_folder()
+        assert folder is not None  # runs.preflight.check_prompts
+        return CaptionDropout(share, empty_prompt(folder))
+
+    def _states_folder(self) -> Path | None:
         folder = self.latents
         if folder is None and self.data.source == BASE_SAMPLES and self.data.path is not None:
             folder = resolve_path(self.data.path)
-        if folder is None or not exists(folder / STATES_FILE):
-            return None
-        return load_states(folder)
+        return None if folder is None or not exists(folder / STATES_FILE) else folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,19 +118,20 @@ class EncodeResult:
 
 
 class LatentImages:
-    """Latents and labels of a dataset, in shards of which only what is asked for is read."""
+    """Latents, or images, and labels, in shards of which only what is asked for is read."""
 
-    def __init__(self, folder: Path, dataset: ImageDataset, labels: str) -> None:
-        """Wrap the folder of the shards, the dataset of the images, and the name of the labels."""
+    def __init__(self, folder: Path, dataset: ImageDataset, learnt: str, labels: str) -> None:
+        """Wrap the folder of the shards, the dataset, and the names of what is in a shard."""
         self.num_classes = dataset.num_classes
-        self._folder, self._length, self._labels = folder, len(dataset), labels
+        self._folder, self._length = folder, len(dataset)
+        self._learnt, self._labels = learnt, labels
 
     def __len__(self) -> int:
         return self._length
 
     def __getitems__(self, indices: Sequence[int]) -> ImageBatch:
-        """Fetch latents, float32 ``(B, c, h, w)``, and labels ``(B,)``, or captions."""
-        return read_rows(self._folder, "latents", indices, SHARD, self._labels)
+        """Fetch latents, float32 ``(B, c, h, w)``, or images, and labels ``(B,)``, or captions."""
+        return read_rows(self._folder, self._learnt, indices, SHARD, self._labels)
 
     def fingerprint(self) -> str:
         """Return a name for the content, by first stage and images."""
@@ -121,18 +141,20 @@ class LatentImages:
 def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
     """Return what denoisers of some data are trained on.
 
-    Latents are in a folder of the cache that is named by first stage, images and their shape.
+    Latents are in a folder of the cache that is named by first stage, images and their shape, and
+    so are captioned images, with the text encoder's name.
 
     Raises:
         DataError: There is a first stage, and the images are missing or malformed.
         CheckpointError: The first stage is missing or malformed.
     """
-    if data.first_stage is None:
+    if data.first_stage is None and not TrainingData(data).is_captioned:
         return TrainingData(data)
     if data.source == BASE_SAMPLES:
         assert data.path is not None  # the base was drawn from: its latents lie with the images
         return TrainingData(data, resolve_path(data.path))
-    digest, shape = first_stage_digest(Path(data.first_stage)), input_shape(data)
+    stage, shape = data.first_stage, input_shape(data)
+    digest = None if stage is None else first_stage_digest(Path(stage))
     document = [VERSION, SHARD, digest, images_fingerprint(data), data.image_size, shape]
     if data.text_encoder is not None:
         document.append(text_encoder_digest(resolve_path(data.text_encoder)))
@@ -141,7 +163,7 @@ def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
 
 
 def prepare_latents(training: TrainingData) -> Chain[None]:
-    """Compute the latents that are missing, if any are learnt, shard by shard."""
+    """Compute the latents, or states of captions, that are missing, shard by shard."""
     data, folder = training.data, training.latents
     if folder is None or data.source == BASE_SAMPLES:
         return
@@ -165,7 +187,8 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
             )
         )
     if items:
-        logger.info("latents of %d images go to %s", sum(i.num_steps for i in items), folder)
+        what = LATENTS if data.first_stage is not None else CAPTIONS
+        logger.info("%s of %d images go to %s", what, sum(i.num_steps for i in items), folder)
     if training.is_captioned and not exists(folder / STATES_FILE):
         captions = captions_of(data)
         most = min(count, MOST_PROMPTS)
@@ -176,28 +199,30 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
 
 
 def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
-    """Encode a share of the images into a shard, which appears when it is whole.
+    """Encode a share of the images, and their captions, into a shard, which appears when whole.
 
     Raises:
         DataError: A latent is not finite.
     """
-    assert job.data.first_stage is not None
-    device, dataset = worker_device(), load_dataset(job.data)
-    first_stage = load_first_stage(Path(job.data.first_stage)).to(device)
-    latents, labels = [], []
+    device, dataset, stage = worker_device(), load_dataset(job.data), job.data.first_stage
+    first_stage = None if stage is None else load_first_stage(Path(stage)).to(device)
+    learnt, labels = [], []
     for start in range(0, job.count, BATCH):
         numbers = range(job.first + start, job.first + min(start + BATCH, job.count))
         images, classes = dataset.__getitems__(numbers)
         assert isinstance(classes, torch.Tensor)  # numbers of captions, too
-        latents.append(first_stage.encode(to_minus_one_one(images.to(device))).cpu())
+        if first_stage is not None:
+            images = first_stage.encode(to_minus_one_one(images.to(device))).cpu()
+        learnt.append(images)
         labels.append(classes)
-        if not latents[-1].isfinite().all():
+        if not images.isfinite().all():
             raise DataError(
-                f"data.first_stage {job.data.first_stage} encodes to latents that are not finite "
+                f"data.first_stage {stage} encodes to latents that are not finite "
                 f"for images {numbers.start} to {numbers.stop - 1}."
             )
         report({}, start + len(numbers))
-    tensors = {"latents": torch.cat(latents).contiguous(), "labels": torch.cat(labels)}
+    name = IMAGES if stage is None else LATENTS
+    tensors = {name: torch.cat(learnt).contiguous(), CLASSES: torch.cat(labels)}
     if TrainingData(job.data).is_captioned:
         captions = captions_of(job.data)
         texts = [captions[number] for number in tensors["labels"].tolist()]
@@ -219,8 +244,8 @@ def captions_of(data: DataConfig) -> Names:
     if captions is None:
         raise DataError(
             f"data.source {data.source} has no captions that are read, which a base conditioned "
-            "on text needs: write metadata.jsonl with the columns file_name and text, or set "
-            "--data base."
+            "on text needs: write metadata.jsonl with the columns file_name and text (or parquet "
+            "files with a column text, or .txt files into tar files), or set --data base."
         )
     return captions
 
@@ -236,10 +261,12 @@ def _open_latents(data: DataConfig, folder: Path) -> ImageDataset:
     if isinstance(images, BaseSamples):
         return images.latents()
     if missing := missing_shards(folder, len(images), SHARD):
+        stage = data.first_stage
+        what = CAPTIONS if stage is None else f"latents of data.first_stage {stage}"
         raise DataError(
-            f"{len(missing)} shards of the latents of data.first_stage {data.first_stage} are "
-            f"missing in {display_path(folder)}: tdc-ray run computes them. evaluate.cache_dir "
-            "must lie where all nodes see it."
+            f"{len(missing)} shards of the {what} are missing in {display_path(folder)}: tdc-ray "
+            "run computes them. evaluate.cache_dir must lie where all nodes see it."
         )
+    learnt = IMAGES if data.first_stage is None else LATENTS
     labels = CAPTIONS if TrainingData(data).is_captioned else CLASSES
-    return LatentImages(fetch(folder), images, labels)
+    return LatentImages(fetch(folder), images, learnt, labels)

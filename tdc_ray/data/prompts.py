@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from tdc_ray.config.data import DataConfig
@@ -24,28 +25,59 @@ STATES_FILE = "prompt_states.safetensors"
 """File beside images, or latents, of their ``PromptStates``."""
 
 
-def read_prompts(path: str | None) -> tuple[str, ...]:
+def read_prompts(path: str | None, setting: str = "data.prompts") -> tuple[str, ...]:
     """Read the prompts of a file, one a line, or those that come along.
+
+    Args:
+        path: The file. None means those that come along.
+        setting: What named it, for errors.
 
     Raises:
         ConfigError: The file is missing, is no text, or holds no prompt.
     """
     file = BUNDLED if path is None else resolve_path(path).expanduser()
     if not exists(file):
-        raise ConfigError(f"data.prompts {path} does not exist. Set --data.prompts to a file.")
+        flag = setting.replace("_", "-")
+        raise ConfigError(f"{setting} {path} does not exist. Set --{flag} to a file.")
     try:
         lines = fetch(file).read_text("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(
-            f"data.prompts must be a text file in UTF-8, one prompt a line, got "
+            f"{setting} must be a text file in UTF-8, one prompt a line, got "
             f"{display_path(file)}: {error}."
         ) from error
     prompts = tuple(line.strip() for line in lines if line.strip())
     if not prompts:
         raise ConfigError(
-            f"data.prompts must hold a prompt a line, got {display_path(file)}, which has none."
+            f"{setting} must hold a prompt a line, got {display_path(file)}, which has none."
         )
     return prompts
+
+
+def prompts_named(given: Sequence[str], setting: str) -> tuple[str, ...]:
+    """Return prompts that are given as they are, or as text files of one a line.
+
+    What exists as a file, or has the suffix ``.txt``, is one.
+
+    Args:
+        given: Prompts, and paths.
+        setting: What named them, for errors.
+
+    Raises:
+        ConfigError: A file is missing, is no text, or holds no prompt.
+    """
+    prompts = list[str]()
+    for one in given:
+        is_file = one.endswith(".txt") or _is_file(one)
+        prompts += read_prompts(one, setting) if is_file else [one]
+    return tuple(prompts)
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).expanduser().is_file()
+    except OSError:  # too long for a path
+        return False
 
 
 @functools.lru_cache(maxsize=1)
@@ -55,10 +87,28 @@ def load_states(folder: Path) -> PromptStates:
     return PromptStates(unnamed("prompts", tensors), unnamed("empty", tensors))
 
 
+def empty_prompt(folder: Path) -> Captions:
+    """Load the states of the empty prompt alone, without batch."""
+    with safe_open(fetch(folder / STATES_FILE), framework="pt") as file:
+        names = [name for name in file.keys() if name.partition(".")[0] == "empty"]  # noqa: SIM118
+        return unnamed("empty", {name: file.get_tensor(name) for name in names})
+
+
 def states_of_images(states: PromptStates, first: int, count: int) -> Captions:
     """Return those of the images ``first`` to ``first + count - 1``: of prompt i mod N."""
     numbers = torch.arange(first, first + count) % states.num_prompts
     return map_captions(lambda tensor: tensor[numbers], states.prompts)
+
+
+def conditions_of_images(states: PromptStates, first: int, count: int) -> dict[str, Captions]:
+    """Return what a ``ProgressivePipeline`` is called with for some images.
+
+    Those are the images ``first`` to ``first + count - 1``, whose prompts take turns; guidance
+    leads away from the empty prompt.
+    """
+    prompts = states_of_images(states, first, count)
+    empty = {name: states.empty[name].expand_as(tensor) for name, tensor in prompts.items()}
+    return {"prompt_embeds": prompts, "negative_prompt_embeds": empty}
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.train import Compile
+from tdc_ray.data.prompts import conditions_of_images
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
 from tdc_ray.diffusion.pipeline_index import (
     EXPERTS_FILE,
@@ -40,8 +41,14 @@ from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import captions_read
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
 from tdc_ray.models.labels import Captions
-from tdc_ray.models.network_config import STATES, num_class_embeds
+from tdc_ray.models.network_config import STATES, CaptionShapes, num_class_embeds
 from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
+from tdc_ray.models.text_encoder import (
+    PromptStates,
+    check_captions_read,
+    check_text_encoder,
+    encode_prompts,
+)
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -71,6 +78,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         num_classes: int | None = None,
         guidance_scale: float = 1.0,
         use_clipped_model_output: bool = False,
+        text_encoder: str | None = None,
     ) -> None:
         """Create a pipeline.
 
@@ -88,6 +96,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 none.
             use_clipped_model_output: Whether DDIM derives epsilon anew from the clipped image when
                 a call does not say.
+            text_encoder: Folder of a diffusers pipeline that encodes prompts, for experts that are
+                conditioned on text; read when it is needed. None means that calls are given
+                states.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
@@ -95,6 +106,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.use_clipped_model_output = use_clipped_model_output
+        self.text_encoder = text_encoder
         self.winograd = False
         self.compile_mode: Compile = "none"
         self._compiled: dict[tuple[Denoiser, Compile], CompiledDenoiser] = {}
@@ -107,14 +119,15 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             num_classes=num_classes,
             guidance_scale=guidance_scale,
             use_clipped_model_output=use_clipped_model_output,
+            text_encoder=text_encoder,
         )
 
     @cached_property
-    def _of_experts(self) -> tuple[int | None, Sequence[str]]:
+    def _of_experts(self) -> tuple[int | None, CaptionShapes]:
         """What the first one that is used says of all: null class, and what it reads of text."""
         network = self.experts.for_timestep(self.experts.spans[-1][1])
         null = null_class(num_class_embeds(network.config), self.num_classes)
-        return null, tuple(captions_read(network))
+        return null, captions_read(network)
 
     @property
     def null_class(self) -> int | None:
@@ -125,6 +138,25 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
     def reads_prompts(self) -> bool:
         """Whether the experts are conditioned on text."""
         return bool(self._of_experts[1])
+
+    def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
+        """Return what the experts read of prompts, by the text encoder of their base's pipeline.
+
+        Raises:
+            ConfigError: The experts are not conditioned on text, or their text encoder is not
+                known, not there, or another network's.
+            CheckpointError: It is malformed.
+        """
+        if not self.reads_prompts:
+            raise ConfigError(
+                "prompts go with experts that are conditioned on text, got them with experts that "
+                "are not. Leave them out."
+            )
+        folder = check_text_encoder(self.text_encoder)
+        check_captions_read(folder, self._of_experts[1])
+        factor = 1 if self.first_stage is None else self.first_stage.factor
+        _, height, width = self.shape
+        return encode_prompts(folder, prompts, (factor * height, factor * width), self.device)
 
     @torch.inference_mode()
     def __call__(
@@ -138,6 +170,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         seed: int = 0,
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
+        prompt: str | Sequence[str] | None = None,
         prompt_embeds: torch.Tensor | Captions | None = None,
         negative_prompt_embeds: torch.Tensor | Captions | None = None,
         use_clipped_model_output: bool | None = None,
@@ -156,10 +189,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 classes; None means that image ``i`` is of class ``i`` modulo their number.
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 means none, None as
                 planned.
-            prompt_embeds: States of prompts, as the ``encode_prompt`` of the base's own pipeline
-                returns them, ``(B, S, C)``, for experts that are conditioned on text; for those
-                that read more, a dictionary by the names of their arguments, such as
-                ``encoder_hidden_states`` and ``text_embeds``.
+            prompt: One for each image, or one for all, for experts that are conditioned on text;
+                their text encoder is read anew in every call (:meth:`encode_prompts`). Guidance
+                leads away from the empty prompt.
+            prompt_embeds: In place of it states of prompts, as the ``encode_prompt`` of the base's
+                own pipeline returns them, ``(B, S, C)``; for experts that read more, a dictionary
+                by the names of their arguments, such as ``encoder_hidden_states`` and
+                ``text_embeds``.
             negative_prompt_embeds: The same of what guidance leads away from, such as "".
             use_clipped_model_output: Whether DDIM derives epsilon anew from the clipped image;
                 None means as planned.
@@ -177,6 +213,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
+        if prompt is not None:
+            if prompt_embeds is not None:
+                raise ConfigError("prompt must be None with prompt_embeds: leave one of them out.")
+            embeds = self._encoded(prompt, batch_size)
+            prompt_embeds = embeds["prompt_embeds"]
+            if negative_prompt_embeds is None:
+                negative_prompt_embeds = embeds["negative_prompt_embeds"]
         is_guided = spec.guidance_scale != 1
         prompts = self._prompts(prompt_embeds, batch_size, needed=True)
         negative = self._prompts(negative_prompt_embeds, batch_size, needed=is_guided)
@@ -278,6 +321,16 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             winograd=self.winograd,
         )
 
+    def _encoded(self, prompt: str | Sequence[str], batch_size: int) -> dict[str, Captions]:
+        """Encode a call's prompts to one for each image."""
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if len(prompts) not in (1, batch_size):
+            raise ConfigError(
+                f"prompt must be one, or one per image: got {len(prompts)} for batch_size "
+                f"{batch_size}."
+            )
+        return conditions_of_images(self.encode_prompts(prompts), 0, batch_size)
+
     def _prompts(
         self, given: torch.Tensor | Captions | None, batch_size: int, *, needed: bool
     ) -> Captions | None:
@@ -297,7 +350,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             raise ConfigError(
                 "prompt_embeds, and with guidance negative_prompt_embeds, must be one per image, "
                 f"with {' and '.join(names)}, got {counts or 'none'} for batch_size {batch_size}: "
-                "the encode_prompt of the base's own pipeline makes them. Or put "
+                "the encode_prompt of the base's own pipeline makes them. Or give prompt, or put "
                 "tdc_ray.ExpertDenoiser into that pipeline as its unet or transformer, which then "
                 "takes words."
             )
@@ -383,6 +436,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             eta=self.eta,
             guidance_scale=self.guidance_scale,
         )
+        index = index.model_copy(update={"text_encoder": self.text_encoder})
         if self.use_clipped_model_output != sampler.clips_epsilon:
             clips = self.use_clipped_model_output
             sampler = replace(sampler, use_clipped_model_output=clips)
@@ -427,6 +481,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         winograd: bool = False,
         compile_mode: Compile = "none",
         sampler: Mapping[str, Any] | None = None,
+        text_encoder: str | None = None,
     ) -> "ProgressivePipeline":
         """Load the experts of a run: its ``experts`` folder, or the run directory itself.
 
@@ -443,6 +498,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 later, too.
             sampler: Fields of ``SamplerConfig`` in place of the run's own, such as
                 ``{"scheduler": "EulerDiscreteScheduler"}``.
+            text_encoder: Folder of the pipeline that encodes prompts; None means that of the base,
+                where it was.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
@@ -458,6 +515,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             own = replace(index.sampler, **sampler)
             checked_timesteps(index.diffusion, own)
             index = index.model_copy(update={"sampler": own})
+        if text_encoder is not None:
+            index = index.model_copy(update={"text_encoder": text_encoder})
         folders = [folder / expert.folder for expert in index.experts]
         spans = as_seen(index.diffusion, index.spans)
         experts = (
@@ -540,4 +599,5 @@ def _assemble(
         num_classes=index.num_classes,
         guidance_scale=index.sampler.guidance_scale,
         use_clipped_model_output=index.sampler.clips_epsilon,
+        text_encoder=index.text_encoder,
     )

@@ -33,7 +33,7 @@ class ExpertEntry(BaseModel, frozen=True):
     """Included."""
 
 
-class PipelineIndex(BaseModel, frozen=True):
+class PipelineIndex(BaseModel, frozen=True, ser_json_inf_nan="constants"):
     """Which expert serves which timesteps, and how to sample with them."""
 
     format: Literal[1] = 1
@@ -47,6 +47,10 @@ class PipelineIndex(BaseModel, frozen=True):
     sampler: SamplerConfig
     num_classes: int | None = None
     """Without the null class; None for unconditional experts."""
+
+    text_encoder: str | None = None
+    """Folder of the pipeline that encodes prompts, which stays where it is; None for experts that
+    are not conditioned on text."""
 
     experts: tuple[ExpertEntry, ...]
 
@@ -62,7 +66,7 @@ class PipelineIndex(BaseModel, frozen=True):
         """Describe models that were trained with these settings.
 
         Args:
-            data: Names the first stage, which stays where it is.
+            data: Names the first stage and the text encoder, which stay where they are.
             diffusion: The noise process.
             sampler: How to sample when a call does not say.
             conditioning: The classes.
@@ -74,6 +78,7 @@ class PipelineIndex(BaseModel, frozen=True):
             diffusion=diffusion,
             sampler=sampler,
             num_classes=conditioning.num_classes,
+            text_encoder=data.text_encoder,
             experts=tuple(
                 ExpertEntry(folder=folder, first=group.first, last=group.last)
                 for folder, group in (experts or {}).items()

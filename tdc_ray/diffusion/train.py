@@ -29,7 +29,7 @@ from tdc_ray.execution.device import worker_rank
 from tdc_ray.execution.item import Report
 from tdc_ray.models.checkpoints.state_dicts import UNREADABLE
 from tdc_ray.models.families import labels_for
-from tdc_ray.models.labels import Captions, Labels, map_labels
+from tdc_ray.models.labels import CaptionDropout, Captions, Labels, map_labels
 from tdc_ray.models.network_config import num_class_embeds
 from tdc_ray.models.precision import autocast, in_layout
 from tdc_ray.seeds import derive_seed
@@ -258,6 +258,7 @@ def train(
     seed: int,
     rank: int = 0,
     label_dropout: float = 0.0,
+    caption_dropout: CaptionDropout | None = None,
     teacher: Teacher | None = None,
     report: Report,
     save: Callable[[TrainState], None],
@@ -279,6 +280,7 @@ def train(
         seed: Seed of noise, timesteps, augmentation and dropout.
         rank: The rank among the workers.
         label_dropout: Share of labels that a UNet conditioned on classes sees as its last class.
+        caption_dropout: The same of captions; None means that none is replaced.
         teacher: Whose predictions are part of the target; None means nobody's.
         report: Gets ``loss`` (weighted, mean since the last report), ``grad_norm``,
             ``learning_rate`` and ``images_per_second`` (of this rank) every ``config.log_every``
@@ -304,7 +306,7 @@ def train(
             x_0,
             epsilon=torch.randn(x_0.shape, generator=generator, device=device),
             timesteps=schedule.draw_timesteps(len(x_0), timesteps, generator),
-            labels=_labels(state.unet, labels, label_dropout, seed_parts),
+            labels=_labels(state.unet, labels, label_dropout, caption_dropout, seed_parts),
         )
         if gamma := config.input_perturbation:  # drawn last: without it nothing else changes
             noise = torch.randn(x_0.shape, generator=generator, device=device)
@@ -330,12 +332,19 @@ def _labels(
     unet: UNet2DModel,
     labels: Tensor | Captions,
     label_dropout: float,
+    caption_dropout: CaptionDropout | None,
     seed_parts: tuple[int, int, int],
 ) -> Labels:
-    """Replace some classes, at random, by the null class; None for a UNet that reads no labels."""
+    """Replace some labels, at random, by the null class or the empty prompt.
+
+    None for a UNet that reads no labels.
+    """
     num_classes = num_class_embeds(unet.config)
-    if label_dropout and num_classes is not None and isinstance(labels, Tensor):
-        generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "labels"))
+    generator = torch.Generator().manual_seed(derive_seed(*seed_parts, "labels"))
+    if not isinstance(labels, Tensor):
+        if caption_dropout is not None:
+            labels = caption_dropout.apply(labels, generator)
+    elif label_dropout and num_classes is not None:
         dropped = torch.rand(len(labels), generator=generator) < label_dropout
         labels = labels.masked_fill(dropped, num_classes - 1)
     return map_labels(lambda tensor: tensor.to(unet.device), labels_for(unet, labels))

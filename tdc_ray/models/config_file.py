@@ -13,9 +13,15 @@ from pydantic import BaseModel, ValidationError
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.validation import config_error
 from tdc_ray.errors import ConfigError
-from tdc_ray.models.network_config import DEFAULT_CLASS, DIT_CLASS, class_name
+from tdc_ray.models.network_config import (
+    CONDITION_CLASS,
+    DEFAULT_CLASS,
+    DIT_CLASS,
+    class_name,
+)
 from tdc_ray.models.transformers.dit import DiTSettings
 from tdc_ray.models.unet2d.config_file import HEADS_FILE, UNetConfigFile
+from tdc_ray.models.unet2d_condition.config_file import UNetConditionConfigFile
 from tdc_ray.storage.files import exists, read_bytes, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 
@@ -25,6 +31,7 @@ LARGEST_FILE = 1_000_000
 FILES: Mapping[str, type[BaseModel]] = {
     "UNet2DModel": UNetConfigFile,
     DIT_CLASS: DiTSettings,
+    CONDITION_CLASS: UNetConditionConfigFile,
 }
 """By the network's class, the types and ranges of its settings."""
 
@@ -76,8 +83,7 @@ def read_network(source: str) -> dict[str, Any]:
     if kind not in FILES:
         raise ConfigError(
             f"{name} is of a {kind}; only a {' or '.join(FILES)} can be trained here, which "
-            "takes images, timesteps and classes (none that is conditioned on text, and no "
-            "autoencoder)."
+            "takes images, timesteps, and classes or captions (no autoencoder)."
         )
     values = {key: value for key, value in document.items() if not key.startswith("_")}
     if exists(heads := path.with_name(HEADS_FILE)):

@@ -23,6 +23,7 @@ from tdc_ray.models.network_config import (
     DEFAULT_CLASS,
     DIT_CLASS,
     PIXART_CLASS,
+    SANA_CLASS,
     SD3_CLASS,
     CaptionShapes,
     NetworkConfig,
@@ -140,7 +141,7 @@ FAMILIES: Mapping[str, Family] = {
 """Rows by the network's class."""
 
 
-BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS, PIXART_CLASS, SD3_CLASS)
+BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS, PIXART_CLASS, SD3_CLASS, SANA_CLASS)
 """Classes of networks that commands can make experts of."""
 
 

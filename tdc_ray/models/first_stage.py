@@ -1,18 +1,19 @@
 """The frozen first stage of latent diffusion: encodes images, decodes latents (arXiv:2112.10752).
 
-It is a folder as diffusers saves a ``VQModel`` or an ``AutoencoderKL``. Its ``config.json`` must
-name ``scaling_factor``: diffusers' default is Stable Diffusion's, and ruins the samples of others.
+It is a folder as diffusers saves a ``VQModel``, an ``AutoencoderKL`` or an ``AutoencoderDC``. Its
+``config.json`` must name ``scaling_factor``: diffusers' default is Stable Diffusion's, and ruins
+the samples of others.
 """
 
 import math
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
-from diffusers import AutoencoderKL, VQModel
+from diffusers import AutoencoderDC, AutoencoderKL, VQModel
 from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
@@ -28,7 +29,9 @@ from tdc_ray.storage.object_store import display_path, resolve_path
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 
-KINDS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL}
+KINDS = {"VQModel": VQModel, "AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+
+Autoencoder: TypeAlias = VQModel | AutoencoderKL | AutoencoderDC
 
 BATCH = 16
 """Images per forward pass, so that any number of them needs bounded memory."""
@@ -38,11 +41,11 @@ Shape = tuple[int, int, int]
 
 
 class FirstStage(nn.Module):
-    """A ``VQModel`` or ``AutoencoderKL`` between images in [-1, 1] and the denoiser's latents."""
+    """A model of :data:`KINDS` between images in [-1, 1] and the denoiser's latents."""
 
-    model: VQModel | AutoencoderKL
+    model: Autoencoder
 
-    def __init__(self, model: VQModel | AutoencoderKL) -> None:
+    def __init__(self, model: Autoencoder) -> None:
         """Wrap a model and freeze it."""
         super().__init__()
         self.model = model.eval().requires_grad_(requires_grad=False)
@@ -60,6 +63,11 @@ class FirstStage(nn.Module):
         """Where the weights are."""
         device: torch.device = self.model.device
         return device
+
+    @property
+    def factor(self) -> int:
+        """Pixels of an image for each of its latents, by height and by width."""
+        return downsampling(widths_of(self.model.config))
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> Tensor:
@@ -80,9 +88,13 @@ class FirstStage(nn.Module):
 
     def _encode(self, images: Tensor) -> Tensor:
         encoded = self.model.encode(images.to(self.dtype))
-        latents: Tensor = (
-            encoded.latents if isinstance(self.model, VQModel) else encoded.latent_dist.mode()
-        )
+        latents: Tensor
+        if isinstance(self.model, VQModel):
+            latents = encoded.latents
+        elif isinstance(self.model, AutoencoderDC):
+            latents = encoded.latent
+        else:
+            latents = encoded.latent_dist.mode()
         return (latents - self.shift_factor) * self.scaling_factor
 
     def _decode(self, latents: Tensor) -> Tensor:
@@ -100,7 +112,7 @@ def load_first_stage(folder: Path) -> FirstStage:
     return FirstStage(load_autoencoder(folder, str(_config(folder)["_class_name"])))
 
 
-def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
+def load_autoencoder(folder: Path, name: str) -> Autoencoder:
     """Load a model of a class of :data:`KINDS` that diffusers saved.
 
     Raises:
@@ -111,7 +123,7 @@ def load_autoencoder(folder: Path, name: str) -> VQModel | AutoencoderKL:
         raise CheckpointError(
             f"{display_path(folder)} must hold one of {', '.join(KINDS)}, got {name}."
         )
-    model: VQModel | AutoencoderKL = load_pretrained(kind, resolve_path(folder))
+    model: Autoencoder = load_pretrained(kind, resolve_path(folder))
     return model
 
 
@@ -182,7 +194,7 @@ def input_shape(data: DataConfig) -> Shape:
     if data.first_stage is None:
         return data.shape
     config = _config(Path(data.first_stage))
-    factor = downsampling(config["block_out_channels"])
+    factor = downsampling(widths_of(config))
     if config["in_channels"] != data.num_channels or data.height % factor or data.width % factor:
         raise ConfigError(
             f"data.first_stage {data.first_stage} takes images of {config['in_channels']} "
@@ -193,6 +205,11 @@ def input_shape(data: DataConfig) -> Shape:
     if config["_class_name"] == "VQModel":
         channels = config.get("vq_embed_dim") or channels
     return (channels, data.height // factor, data.width // factor)
+
+
+def widths_of(config: Mapping[str, Any]) -> Any:
+    """Return the widths of an encoder's levels as a config says them; None if it does not."""
+    return config.get("block_out_channels") or config.get("encoder_block_out_channels")
 
 
 def downsampling(block_out_channels: Sequence[int]) -> int:
@@ -237,7 +254,7 @@ def _config(folder: Path) -> FirstStageConfig:
     if not exists(path):
         raise CheckpointError(
             f"data.first_stage {folder} holds no first stage: {CONFIG_FILE} is missing. Name the "
-            "folder of a diffusers VQModel or AutoencoderKL."
+            "folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC."
         )
     try:
         document: object = read_json(path)
@@ -251,7 +268,8 @@ def _config(folder: Path) -> FirstStageConfig:
             f"(_class_name in {CONFIG_FILE})."
         )
     needed = ("in_channels", "block_out_channels", "latent_channels", "scaling_factor")
-    if missing := [name for name in needed if config.get(name) is None]:
+    known = {**config, "block_out_channels": widths_of(config)}
+    if missing := [name for name in needed if known.get(name) is None]:
         raise CheckpointError(
             f"{path} must name {', '.join(missing)}: it is never guessed. (scaling_factor is 1.0 "
             "for CompVis's VQ-f4, 0.18215 for Stable Diffusion's.)"

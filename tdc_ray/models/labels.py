@@ -1,10 +1,13 @@
 """What networks are conditioned on: classes, or what text encoders make of captions."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from tdc_ray.models.network_config import STATES
 
 ADDED = ("text_embeds", "time_ids", "resolution", "aspect_ratio")
 """Arguments that diffusers' networks take within ``added_cond_kwargs``."""
@@ -15,6 +18,23 @@ arguments (``structure.caption_shapes``)."""
 
 Labels = Tensor | Captions | None
 """What a network is conditioned on: classes, int64, ``(B,)``, or captions; None for nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionDropout:
+    """Which share of captions is replaced while training, and by what (arXiv:2207.12598)."""
+
+    share: float
+    empty: Captions
+    """What a network reads of the empty prompt: without batch."""
+
+    def apply(self, captions: Captions, generator: torch.Generator) -> Captions:
+        """Replace some captions, drawn at random."""
+        dropped = torch.rand(len(captions[STATES]), generator=generator) < self.share
+        return {
+            name: torch.where(dropped.view(-1, *[1] * (tensor.ndim - 1)), self.empty[name], tensor)
+            for name, tensor in captions.items()
+        }
 
 
 def conditions(labels: Labels) -> dict[str, Any]:

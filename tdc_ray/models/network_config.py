@@ -10,6 +10,7 @@ DEFAULT_CLASS = "UNet2DModel"
 
 DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
 SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
+SANA_CLASS = "SanaTransformer2DModel"
 
 STATES = "encoder_hidden_states"
 """What all networks that read captions read, beside what one or another does: a state of each

@@ -73,16 +73,23 @@ _ENCODINGS: Mapping[str, _Encoding] = {
     "PixArt": _Encoding(
         {STATES: (0, 2), "encoder_attention_mask": (1, 3)}, ("resolution", "aspect_ratio")
     ),
+    "Sana": _Encoding({STATES: (0, 2), "encoder_attention_mask": (1, 3)}),
 }
 """By what the name of a pipeline's class begins with; others are as Stable Diffusion's."""
 
 
-_OF_CALL = ("prompt_2", "prompt_3", "clean_caption", "max_sequence_length")
+_OF_CALL = (
+    "prompt_2",
+    "prompt_3",
+    "clean_caption",
+    "max_sequence_length",
+    "complex_human_instruction",
+)
 """Arguments of ``encode_prompt`` that a pipeline hands on from its call, by the defaults there."""
 
 
 WIDTHS = ("hidden_size", "d_model")
-"""Settings that say how wide a text encoder's states are: CLIP's, and T5's."""
+"""Settings that say how wide a text encoder's states are: CLIP's and Gemma's, and T5's."""
 
 
 def _encoding_of(name: str) -> _Encoding:
@@ -160,7 +167,7 @@ def _states_width(pipeline: Path, encoding: _Encoding) -> int | None:
         if encoding.states_of in (None, name):
             path = pipeline / name / "config.json"
             config = read_json(fetch(path)) if exists(path) else {}
-            known = str(index[name][-1]).startswith(("CLIPText", "T5Encoder"))
+            known = str(index[name][-1]).startswith(("CLIPText", "T5Encoder", "Gemma2"))
             widths = [config[key] for key in WIDTHS if key in config] if known else []
             if not (widths and isinstance(widths[0], int)):
                 return None

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tdc_ray.config.run import RunConfig
 from tdc_ray.data.latents import training_data
-from tdc_ray.data.prompts import states_of_images
+from tdc_ray.data.prompts import conditions_of_images
 from tdc_ray.diffusion.pipeline_index import PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.sampling import image_labels
@@ -34,11 +34,7 @@ def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Ten
     if config.data.text_encoder is None:
         return {}
     states = training_data(config.data, config.evaluate.cache_dir).prompts()
-    if states is None:
-        return {}
-    prompts = states_of_images(states, first, count)
-    empty = {name: states.empty[name].expand_as(tensor) for name, tensor in prompts.items()}
-    return {"prompt_embeds": prompts, "negative_prompt_embeds": empty}
+    return {} if states is None else {**conditions_of_images(states, first, count)}
 
 
 def save_index(run_dir: RunDir, config: RunConfig, groups: Sequence[TimestepGroup]) -> None:

@@ -157,6 +157,11 @@ def check_prompts(
                 "data.text_encoder goes with a base conditioned on text, got "
                 f"{data.text_encoder} with one that is not. Leave it out."
             )
+        if conditioning.caption_dropout:
+            raise ConfigError(
+                "conditioning.caption_dropout must be 0 for a base that is not conditioned on "
+                f"text, got {conditioning.caption_dropout}. Leave it out."
+            )
         return
     if conditioning.num_classes is not None:
         raise ConfigError(
@@ -166,11 +171,6 @@ def check_prompts(
     pipeline = check_text_encoder(data.text_encoder)
     check_captions_read(pipeline, caption_shapes(class_name(network), network))
     if data.source != BASE_SAMPLES:
-        if data.first_stage is None:
-            raise ConfigError(
-                "data.first_stage must be given with captions, whose states are kept beside "
-                "latents. Set --data.first-stage, or --data base."
-            )
         captions_of(data)
 
 

@@ -1,5 +1,6 @@
 import gc
 import json
+import math
 import os
 import shutil
 import weakref
@@ -47,6 +48,13 @@ CONFIG = small_config()
 
 def groups_of(config: RunConfig) -> tuple[TimestepGroup, ...]:
     return plan_groups(config.diffusion, config.plan, config.sampler).groups
+
+
+def test_settings_of_the_bases_scheduler_may_be_infinite(tmp_path):
+    of_base = {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf}
+    config = small_config(sampler={"scheduler": "base", "of_base": of_base})
+    pipeline_index(config).save(tmp_path)
+    assert PipelineIndex.load(tmp_path).sampler == config.sampler
 
 
 def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> ProgressivePipeline:

@@ -16,6 +16,7 @@ from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     MASK,
     PIXART_CLASS,
+    SANA_CLASS,
     SD3_CLASS,
     STATES,
     NetworkConfig,
@@ -112,8 +113,6 @@ def call_sana(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) 
 def call_unet(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) -> Any:
     return network(x_t, timesteps, captions[STATES], added_cond_kwargs=captions)
 
-
-SANA_CLASS = "SanaTransformer2DModel"
 
 PIXART: NetworkConfig = {
     "_class_name": PIXART_CLASS,

@@ -14,9 +14,11 @@ from torch import Tensor, nn
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
 from tdc_ray.config.diffusion import DiffusionConfig
-from tdc_ray.config.run import RunConfig
+from tdc_ray.config.run import RunConfig, digest
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.batches import batches
+from tdc_ray.data.dataset import ImageBatch
+from tdc_ray.data.fingerprint import conditioning_key
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE
@@ -28,6 +30,9 @@ from tdc_ray.diffusion.train import TrainState, start_state, train
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.device import WorkerRank
 from tdc_ray.models.denoiser import count_params
+from tdc_ray.models.families import build_network
+from tdc_ray.models.labels import CaptionDropout
+from tdc_ray.models.network_config import CONDITION_CLASS, STATES
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -45,6 +50,19 @@ from tests.small import TINY, assert_same, context_of, group_of, random_unet, si
 SHAPE = (1, 8, 8)
 NULL = 10
 WITH_NULL = {**TINY, "num_class_embeds": NULL + 1}
+CAPTIONED = {
+    "_class_name": CONDITION_CLASS,
+    "sample_size": 8,
+    "in_channels": 1,
+    "out_channels": 1,
+    "block_out_channels": (8,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("CrossAttnUpBlock2D",),
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 8,
+}
 
 
 def config_of(*, guidance_scale: float = 1.0, **conditioning: Any) -> RunConfig:
@@ -231,6 +249,61 @@ def test_what_is_dropped_follows_from_seed_and_step():
     assert told(config) == whole
     assert told(config, first=2) == whole[2:]
     assert told(config, seed=1) != whole
+
+
+class Captioned(nn.Module):
+    """A network that reads captions and predicts nothing; records what it was told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.network, self.seen = build_network(CAPTIONED), []
+
+    def forward(self, x: Tensor, timestep: Tensor, **captions: Tensor) -> SimpleNamespace:
+        del timestep
+        self.seen.append(captions[STATES])
+        return SimpleNamespace(sample=x * next(self.network.parameters()).mean())
+
+
+def captions_told(dropout: CaptionDropout | None) -> tuple[Tensor, Tensor]:
+    """The captions of some images, and those that a network was told in training."""
+    config = small_config(base={"num_steps": 4, "batch_size": 500})
+    given = [torch.randn(500, 3, 8, generator=torch.Generator().manual_seed(i)) for i in range(4)]
+    model = Captioned()
+    train(
+        start_state(model.network, config.base),
+        model,
+        [ImageBatch(torch.zeros(500, 1, 8, 8), {STATES: states}) for states in given],
+        noise_schedule(config.diffusion),
+        config.base,
+        config.data,
+        timesteps=range(1000),
+        seed=0,
+        caption_dropout=dropout,
+        report=lambda *_: None,
+        save=lambda _: None,
+    )
+    return torch.stack(given), torch.stack(model.seen)
+
+
+def test_captions_are_dropped_at_the_rate_asked_for_and_the_others_stay():
+    empty = torch.full((3, 8), 9.0)
+    given, seen = captions_told(CaptionDropout(0.3, {STATES: empty}))
+    dropped = (seen == empty).all(dim=(-2, -1))
+    assert abs(dropped.double().mean() - 0.3) < 0.04  # four standard deviations of 2,000 draws
+    assert_same(seen[~dropped], given[~dropped])
+    assert not torch.equal(dropped[0], dropped[1])
+    given, seen = captions_told(None)
+    assert_same(seen, given)
+
+
+def test_a_dropout_of_captions_changes_no_key_of_runs_without():
+    base, conditioning = small_config(), ConditioningConfig()
+    assert "caption_dropout" not in conditioning_key(conditioning)
+    changed = small_config(conditioning={"caption_dropout": 0.1})
+    assert digest(changed) != digest(base)
+    assert conditioning_key(changed.conditioning)["caption_dropout"] == 0.1
+    with pytest.raises(ConfigError, match="caption_dropout must be 0 for a base that is not"):
+        check(changed)
 
 
 def run_base(config: RunConfig, folder: Path, resume_from: Path | None = None) -> TrainState:

@@ -17,16 +17,23 @@ from safetensors.torch import load_file, save_file
 import tdc_ray as tdc
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
+from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import training_data
 from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts, states_of_images
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
+from tdc_ray.diffusion.pipeline_index import ExpertEntry, PipelineIndex
 from tdc_ray.errors import ConfigError, UnsupportedModelError
-from tdc_ray.models.families import given_config
+from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.network_config import STATES
+from tdc_ray.models.saved_expert import save_expert
+from tdc_ray.models.structure import units_for
 from tdc_ray.models.text_encoder import encode_prompts, text_encoder_digest
+from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.pretrained.sources import resolve_base
+from tests.small import TINY, random_unet
 
 pytest.importorskip("transformers")
 from tests.text_pipelines import PROMPTS, save, stable_diffusion
@@ -178,6 +185,67 @@ def test_a_pipeline_in_memory_takes_its_experts_back(pipeline, tmp_path):
     loaded.unet = experts.to_denoiser()
     size = {"height": 16, "width": 16, "num_inference_steps": 2}
     assert np.isfinite(loaded(PROMPTS[0], output_type="np", **size).images).all()
+
+
+@pytest.fixture(scope="module")
+def experts(pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The pipeline's own UNet as the only expert."""
+    folder = tmp_path_factory.mktemp("experts")
+    unet, config = load_network(pipeline / "unet"), given_config(pipeline / "unet")
+    save_expert(folder / "expert-00", unet, config, keep_everything(units_for(config, {})))
+    index = PipelineIndex(
+        shape=(4, 8, 8),
+        first_stage=str(pipeline / "vae"),
+        diffusion=DiffusionConfig(beta_schedule="scaled_linear"),
+        sampler=SamplerConfig(num_inference_steps=2, clip_sample=False, guidance_scale=3.0),
+        text_encoder=str(pipeline),
+        experts=(ExpertEntry(folder="expert-00", first=0, last=999),),
+    )
+    index.save(folder)
+    return folder
+
+
+def test_prompts_are_sampled_by_turns_and_with_guidance(pipeline, experts, tmp_path):
+    own = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    cpu = torch.device("cpu")
+    states = [own.encode_prompt(text, cpu, 1, False)[0] for text in ("a cat", "ab")]
+    empty = own.encode_prompt("", cpu, 1, False)[0]
+    loaded = ProgressivePipeline.from_pretrained(experts)
+    loaded.set_progress_bar_config(disable=True)
+    told = {
+        "prompt_embeds": torch.cat([*states, states[0]]),
+        "negative_prompt_embeds": empty.expand(3, -1, -1),
+    }
+    expected = loaded(3, output_type="np", **told).images
+    command = ["sample", str(experts), "--num-images", "3", "--batch-size", "2"]
+    (tmp_path / "some.txt").write_text("a cat\nab\n")
+    for number, given in enumerate((["a cat", "ab"], [str(tmp_path / "some.txt")])):
+        out = tmp_path / str(number)
+        assert run_command([*command, "--prompts", *given, "--out-dir", str(out)]) == 0
+        with np.load(out / "samples.npz") as drawn:
+            assert np.abs(drawn["arr_0"].astype(int) - expected).max() <= 1
+    again = loaded(3, output_type="np", prompt=["a cat", "ab", "a cat"]).images
+    assert np.abs(again.astype(int) - expected).max() <= 1
+    with pytest.raises(ConfigError, match="one, or one per image: got 2 for batch_size 3"):
+        loaded(3, prompt=["a cat", "ab"])
+    loaded.save_pretrained(tmp_path / "saved")
+    assert PipelineIndex.load(tmp_path / "saved").text_encoder == str(pipeline)
+
+
+def test_prompts_that_cannot_be_sampled_are_refused(experts, tmp_path, capsys):
+    plain = tmp_path / "plain"
+    save_expert(plain / "expert-00", random_unet(), TINY, keep_everything(units_for(TINY, {})))
+    index = PipelineIndex.load(experts)
+    index.model_copy(update={"first_stage": None, "text_encoder": None}).save(plain)
+    for arguments, words in (
+        ([experts], "prompts must be given for experts that are conditioned on text"),
+        ([experts, "--prompts", "no.txt"], "prompts no.txt does not exist"),
+        ([experts, "--prompts", "a", "--text-encoder", "x"], "x must be the folder of a pipeline"),
+        ([plain, "--prompts", "a"], "prompts go with experts that are conditioned on text"),
+    ):
+        out = ["--out-dir", str(tmp_path)]
+        assert run_command(["sample", *map(str, arguments), *out]) == 1
+        assert words in capsys.readouterr().err
 
 
 @pytest.mark.ray

@@ -62,6 +62,7 @@ KINDS = {
     "xl": Kind(text_pipelines.stable_diffusion_xl, "unet", 5.0),
     "sd3": Kind(text_pipelines.stable_diffusion_3, "transformer", 7.0),
     "pixart": Kind(text_pipelines.pixart, "transformer", 4.5, 256, EXACT),
+    "sana": Kind(text_pipelines.sana, "transformer", 4.5, 64, EXACT),
 }
 
 

@@ -11,6 +11,7 @@ from tdc_ray.cli.paths import check_input, check_output_folder
 from tdc_ray.config.sampler import Spacing
 from tdc_ray.config.train import Compile, Precision
 from tdc_ray.config.validation import errors_together, require
+from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 
@@ -39,6 +40,12 @@ class SampleCommand:
     """Classes, which take turns over the images; default: all that a conditioned model knows."""
     guidance_scale: float | None = None
     """Weight of classifier-free guidance, 1 for none; default: as the run was planned."""
+    prompts: tuple[str, ...] = ()
+    """Prompts, which take turns over the images, for experts conditioned on text; or a text file
+    of them, one a line."""
+    text_encoder: Annotated[str | None, arg(aliases=("--data.text-encoder",))] = None
+    """Folder of the diffusers pipeline that encodes the prompts; default: that of the base, where
+    it was."""
     batch_size: int = 64
     """Images sampled at once."""
     offload: bool = False
@@ -76,6 +83,7 @@ class SampleCommand:
         import numpy as np
         import torch
 
+        from tdc_ray.data.prompts import conditions_of_images, prompts_named
         from tdc_ray.diffusion.pipeline import ProgressivePipeline
         from tdc_ray.diffusion.sampling import image_generators, image_labels
         from tdc_ray.models.families import family_of
@@ -90,6 +98,7 @@ class SampleCommand:
             "karras_sigmas": self.karras_sigmas,
             "options": self.options,
         }
+        prompts = prompts_named(self.prompts, "prompts")
         changes = {name: value for name, value in asked.items() if value}
         if self.scheduler is not None:  # the settings of the run's are another's
             changes = {**asked, "eta": 0.0, "use_clipped_model_output": None}
@@ -101,7 +110,13 @@ class SampleCommand:
             winograd=self.winograd,
             compile_mode=self.compile,
             sampler=changes,
+            text_encoder=self.text_encoder,
         )
+        if pipeline.reads_prompts and not prompts:
+            raise ConfigError(
+                "prompts must be given for experts that are conditioned on text. Name some, or a "
+                "text file of them, by --prompts."
+            )
         precision = self.precision
         if precision == "auto":
             network = pipeline.experts.for_timestep(pipeline.experts.spans[0][0])
@@ -112,6 +127,7 @@ class SampleCommand:
         pipeline.experts.to(DTYPES[precision])
         pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
+        states = pipeline.encode_prompts(prompts) if prompts else None
         pixels = []
         classes = torch.tensor(self.labels) if self.labels else None
         for first in range(0, self.num_images, self.batch_size):
@@ -120,6 +136,9 @@ class SampleCommand:
             turns = image_labels(
                 pipeline.num_classes if classes is None else len(classes), first, count
             )
+            told: dict[str, Any] = {}
+            if states is not None:
+                told |= conditions_of_images(states, first, count)
             output = pipeline(
                 count,
                 generators,
@@ -127,6 +146,7 @@ class SampleCommand:
                 output_type="np",
                 class_labels=turns if classes is None else classes[turns],
                 guidance_scale=self.guidance_scale,
+                **told,
             )
             pixels.append(output.images)
         images = np.concatenate(pixels)

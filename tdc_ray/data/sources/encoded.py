@@ -49,6 +49,9 @@ class Names:
     def __len__(self) -> int:
         return len(self._ends)
 
+    def __iter__(self) -> Iterator[str]:
+        return (self[index] for index in range(len(self)))
+
     def __getitem__(self, index: int) -> str:
         start = self._ends[index - 1] if index else 0
         return os.fsdecode(bytes(self._bytes[start : self._ends[index]]))

@@ -18,6 +18,7 @@ from tdc_ray.errors import CorruptFileError, DataError
 SUFFIX = ".parquet"
 
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels")
+CAPTION_NAMES = ("text", "caption")
 """Names of columns, the first one that there is counts."""
 
 BATCH_ROWS = 64
@@ -46,12 +47,13 @@ def list_images(config: DataConfig) -> ShardImages:
     return list_shards(config, SUFFIX, entries, copies=True)
 
 
-def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
-    """Yield the image of every row, with its label.
+def entries(path: Path, left_out: Counter[str], *, captions: bool) -> Iterator[Entry]:
+    """Yield the image of every row, with its label and caption.
 
     Args:
         path: Of the parquet file.
         left_out: Counts rows without an image.
+        captions: Whether captions are read.
 
     Raises:
         CorruptFileError: The file is damaged.
@@ -63,15 +65,16 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
     try:
         with parquet.ParquetFile(path) as file:
             image, label = _columns(file.schema_arrow, path)
-            columns = [image] if label is None else [image, label]
+            caption = _caption_column(file.schema_arrow, path) if captions else None
+            columns = [name for name in (image, label, caption) if name is not None]
             row = 0
             for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                labels = batch.column(label).to_pylist() if label is not None else None
-                for index, value in enumerate(batch.column(image).to_pylist()):
+                found = {name: batch.column(name).to_pylist() for name in columns}
+                for index, value in enumerate(found[image]):
                     content = value.get("bytes") if isinstance(value, dict) else value
                     if content:
-                        known = labels[index] if labels is not None else None
-                        yield Entry(f"row {row}", known, content=content)
+                        known, text = (found[n][index] if n else None for n in (label, caption))
+                        yield Entry(f"row {row}", known, text, content=content)
                     else:
                         left_out["rows without an image's bytes"] += 1
                     row += 1
@@ -117,6 +120,19 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
             return named[0], name
         logger.warning("column %s of %s is no label: its type is %s", name, path, kind)
     return named[0], None
+
+
+def _caption_column(schema: Any, path: Path) -> str | None:
+    """Return the name of the column of captions; None where there is none."""
+    from pyarrow import types
+
+    for name in CAPTION_NAMES:
+        if name in schema.names:
+            kind = schema.field(name).type
+            if types.is_string(kind) or types.is_large_string(kind):
+                return name
+            logger.warning("column %s of %s is no caption: its type is %s", name, path, kind)
+    return None
 
 
 def _declared(schema: Any) -> dict[str, str]:

@@ -12,16 +12,18 @@ import os
 import shutil
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.sources.encoded import EncodedImages, class_labels
+from tdc_ray.data.sources.encoded import EncodedImages, Names, class_labels
 from tdc_ray.data.sources.image_file import Member
 from tdc_ray.data.sources.imagefolder import OTHER_SPLIT, Label
 from tdc_ray.data.sources.walk import file_paths, in_train, is_split
@@ -44,6 +46,9 @@ class Entry:
 
     label: Label
 
+    caption: str | None = None
+    """None means that there is none, or that none was asked for."""
+
     content: bytes | None = None
     """None means that it lies in the shard, ``size`` bytes from ``offset`` on."""
 
@@ -51,8 +56,12 @@ class Entry:
     size: int = 0
 
 
-Entries = Callable[[Path, Counter[str]], Iterator[Entry]]
-"""Walks through a shard; counts what is left out, by the reason."""
+class Entries(Protocol):
+    """A function that walks through a shard."""
+
+    def __call__(self, path: Path, left_out: Counter[str], *, captions: bool) -> Iterator[Entry]:
+        """Yield the images; count what is left out, by the reason; read captions if asked to."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +76,9 @@ class Shard:
     offsets: NDArray[np.int64]
     sizes: NDArray[np.int64]
     labels: Sequence[Label]
+    captions: Names
+    """Of every image, where captions were asked for."""
+
     left_out: Counter[str]
 
     def read(self, row: int) -> bytes:
@@ -97,7 +109,7 @@ class Shard:
 
 
 class ShardImages(EncodedImages):
-    """The images of all shards, in their order."""
+    """The images of all shards, in order; where captioned, labels are the captions' numbers."""
 
     def __init__(
         self, path: Path, config: DataConfig, shards: Sequence[Shard], unread: int
@@ -114,9 +126,14 @@ class ShardImages(EncodedImages):
         if not labels:
             found = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
             raise DataError(f"data.path {path} holds no image: {found or 'its shards are empty'}.")
-        numbers, num_classes = class_labels(labels, path)
+        self.captions: Names | None = None
+        if config.text_encoder is None:
+            numbers, num_classes = class_labels(labels, path)
+        else:
+            numbers, num_classes = torch.arange(len(labels)), None
+            self.captions = Names(text for shard in shards for text in shard.captions)
         super().__init__(path, config, numbers, num_classes, left_out)
-        self._shards = [replace(shard, labels=()) for shard in shards]
+        self._shards = [replace(shard, labels=(), captions=Names()) for shard in shards]
         self._ends = np.cumsum([len(shard.sizes) for shard in shards])
 
     def encoded(self, index: int) -> Member:
@@ -167,9 +184,13 @@ def list_shards(
     if not paths:
         raise DataError(f"data.path {path} holds no {suffix} file (data.source {config.source}).")
     chosen = [name for name in paths if in_train(name)] if is_split(paths) else paths
+    captions = config.text_encoder is not None
+    indices = {
+        path / name: _index(path / name, entries, cache_dir, captions=captions) for name in chosen
+    }
     if copies:
-        _check_space([path / name for name in chosen], entries, cache_dir)
-    shards = [_open(path / name, entries, cache_dir) for name in chosen]
+        _check_space(indices, cache_dir)
+    shards = [_open(*both, entries, captions=captions) for both in indices.items()]
     return ShardImages(path, config, shards, len(paths) - len(chosen))
 
 
@@ -184,7 +205,7 @@ def shard_paths(path: Path, suffix: str) -> list[str]:
     return [name for name in file_paths(path, {suffix}) if Path(name).name != "metadata.parquet"]
 
 
-def _index(path: Path, entries: Entries, cache_dir: Path) -> Path:
+def _index(path: Path, entries: Entries, cache_dir: Path, *, captions: bool) -> Path:
     """Return the path of a shard's index.
 
     Raises:
@@ -195,10 +216,11 @@ def _index(path: Path, entries: Entries, cache_dir: Path) -> Path:
     except OSError as error:
         raise DataError(f"{path} cannot be opened: {error}. Mend or remove it.") from error
     document = [VERSION, str(path.resolve()), state.st_size, state.st_mtime_ns, entries.__module__]
+    document += ["captions"] if captions else []
     return cache_dir / "shards" / f"{path.stem}-{json_digest(document)[:16]}.npz"
 
 
-def _check_space(paths: Sequence[Path], entries: Entries, cache_dir: Path) -> None:
+def _check_space(indices: Mapping[Path, Path], cache_dir: Path) -> None:
     """Check that the disk of the cache can take copies of the images of shards without any.
 
     Encoded images are as large inside their shards as outside of them.
@@ -206,7 +228,7 @@ def _check_space(paths: Sequence[Path], entries: Entries, cache_dir: Path) -> No
     Raises:
         DataError: It cannot.
     """
-    sizes = [p.stat().st_size for p in paths if not _index(p, entries, cache_dir).exists()]
+    sizes = [path.stat().st_size for path, index in indices.items() if not index.exists()]
     places = [place for place in (cache_dir, *cache_dir.absolute().parents) if place.is_dir()]
     needed, free = sum(sizes), shutil.disk_usage(places[0]).free
     if needed > free:
@@ -217,22 +239,22 @@ def _check_space(paths: Sequence[Path], entries: Entries, cache_dir: Path) -> No
         )
 
 
-def _open(path: Path, entries: Entries, cache_dir: Path) -> Shard:
+def _open(path: Path, index: Path, entries: Entries, *, captions: bool) -> Shard:
     """Read a shard's index, which is made before if there is none.
 
     Raises:
-        DataError: The shard cannot be read.
+        DataError: The shard cannot be read, or an image lacks the caption that is asked for.
     """
-    index = _index(path, entries, cache_dir)
     try:
         shard = _load(path, index)
         if shard is None:
             with locked(index.with_suffix(".lock")):
                 shard = _load(path, index)  # another process may have made it meanwhile
                 if shard is None:
-                    _make(path, index, entries)
+                    _make(path, index, entries, captions=captions)
                     shard = _load(path, index)
     except (OSError, StorageFailedError) as error:
+        cache_dir = index.parents[1]
         raise DataError(
             f"data.cache_dir {cache_dir} cannot take the index of {path}: {error}. Set "
             "--data.cache-dir to a place that can."
@@ -258,21 +280,22 @@ def _load(path: Path, index: Path) -> Shard | None:
             offsets=offsets,
             sizes=sizes,
             labels=document["labels"],
+            captions=Names(document.get("captions", ())),
             left_out=Counter(document["left_out"]),
         )
     return None
 
 
-def _make(path: Path, index: Path, entries: Entries) -> None:
+def _make(path: Path, index: Path, entries: Entries, *, captions: bool) -> None:
     """Walk through a shard; write its index, and the copy of its images if it yields them.
 
     Equal images are copied once: a small file may repeat one until no disk could take them.
     """
     logger.info("reading through %s, once", path)
-    offsets, sizes, labels, name_ends, names = [], [], [], [], bytearray()
+    offsets, sizes, labels, texts, name_ends, names = [], [], [], [], [], bytearray()
     left_out, end, copied = Counter[str](), 0, dict[bytes, int]()
     with atomic_path(index.with_suffix(".images")) as temporary, temporary.open("wb") as copy:
-        for entry in entries(path, left_out):
+        for entry in entries(path, left_out, captions=captions):
             if entry.content is not None:
                 content_digest = hashlib.sha256(entry.content).digest()
                 offset = copied.setdefault(content_digest, end)
@@ -284,11 +307,14 @@ def _make(path: Path, index: Path, entries: Entries) -> None:
                 offsets.append(entry.offset)
                 sizes.append(entry.size)
             labels.append(entry.label)
+            if captions:
+                texts.append(_caption(entry, path))
             names += os.fsencode(entry.name)
             name_ends.append(len(names))
         copy.flush()
         os.fsync(copy.fileno())
     document = {"copied": end, "labels": labels, "left_out": left_out}
+    document |= {"captions": texts} if captions else {}
     with atomic_path(index) as temporary, temporary.open("wb") as file:
         np.savez(
             file,
@@ -300,3 +326,18 @@ def _make(path: Path, index: Path, entries: Entries) -> None:
         )
         file.flush()
         os.fsync(file.fileno())
+
+
+def _caption(entry: Entry, path: Path) -> str:
+    """Return an image's caption.
+
+    Raises:
+        DataError: It has none.
+    """
+    if entry.caption is None:
+        raise DataError(
+            f"{path} must have a caption for every image with data.text_encoder (the column text "
+            f"or caption of a parquet file, a .txt beside an image in a tar file): {entry.name} "
+            "has none. Write it, empty for none."
+        )
+    return entry.caption

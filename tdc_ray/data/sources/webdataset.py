@@ -19,8 +19,10 @@ SUFFIX = ".tar"
 LABELS_KEYS = ("label", "cls")
 """Keys of a ``.json`` object that may hold the label, the first one counts."""
 
-MAX_LABEL_BYTES = 2**20
-"""Files of labels that are larger are not read."""
+CAPTION_SUFFIX = ".txt"
+
+MAX_TEXT_BYTES = 2**20
+"""Files of labels and captions that are larger are not read."""
 
 FURTHER = "another image of its sample"
 """Reason why an image is left out."""
@@ -57,18 +59,19 @@ def list_images(config: DataConfig) -> ShardImages:
     return images
 
 
-def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
-    """Yield the first image of every sample, with its label; nothing is extracted.
+def entries(path: Path, left_out: Counter[str], *, captions: bool) -> Iterator[Entry]:
+    """Yield the first image of every sample, with label and caption; nothing is extracted.
 
     Args:
         path: Of the tar file.
         left_out: Counts what is no image of a sample.
+        captions: Whether captions are read.
 
     Raises:
         CorruptFileError: It is damaged, or compressed.
-        DataError: A label is neither a whole number nor a name.
+        DataError: A label is neither a whole number nor a name, or a caption is no text.
     """
-    sample, image, label = "", None, None
+    sample, image, label, caption = "", None, None, None
     try:
         with tarfile.open(path, "r:") as tar:
             end = path.stat().st_size
@@ -83,8 +86,8 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
                     raise tarfile.ReadError("unexpected end of data")
                 if key != sample:
                     if image is not None:
-                        yield Entry(image.name, label, offset=image.offset_data, size=image.size)
-                    sample, image, label = key, None, None
+                        yield _entry(image, label, caption)
+                    sample, image, label, caption = key, None, None, None
                 if PurePosixPath(f"a{suffix}").suffix in image_suffixes():
                     if image is None:
                         image = member
@@ -93,16 +96,22 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
                 elif suffix in (".cls", ".json"):
                     found = _label(tar, member, suffix, path)
                     label = found if label is None else label
+                elif captions and suffix == CAPTION_SUFFIX:
+                    caption = _caption(tar, member, path)
                 else:
                     left_out[suffix or "without a suffix"] += 1
             if image is not None:
-                yield Entry(image.name, label, offset=image.offset_data, size=image.size)
+                yield _entry(image, label, caption)
             _check_end(path, tar.offset)
     except (OSError, EOFError, tarfile.TarError, ValueError) as error:
         raise CorruptFileError(
             f"{path} is no readable tar file: {error}. Fetch or write it again; a compressed one "
             "must be uncompressed."
         ) from error
+
+
+def _entry(image: tarfile.TarInfo, label: Label, caption: str | None) -> Entry:
+    return Entry(image.name, label, caption, offset=image.offset_data, size=image.size)
 
 
 def _check_end(path: Path, offset: int) -> None:
@@ -135,11 +144,7 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path: Pat
     Raises:
         DataError: It is neither a whole number nor a name.
     """
-    file = tar.extractfile(member)
-    assert file is not None  # it is a plain file
-    if member.size > MAX_LABEL_BYTES:
-        raise DataError(f"{path}: {member.name} is too large for a label. Remove it.")
-    text = file.read().decode(errors="replace").strip()
+    text = _read(tar, member, path).decode(errors="replace").strip()
     label: object = int(text) if text.isascii() and text.isdecimal() else text or None
     if suffix == ".json":
         try:
@@ -153,3 +158,30 @@ def _label(tar: tarfile.TarFile, member: tarfile.TarInfo, suffix: str, path: Pat
     raise DataError(
         f"{path}: the label in {member.name} must be a whole number or a name, got {label!r}."
     )
+
+
+def _caption(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> str:
+    """Read a caption.
+
+    Raises:
+        DataError: It is no text.
+    """
+    try:
+        return _read(tar, member, path).decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: the caption {member.name} must be a text in UTF-8: {error}. Mend it."
+        ) from error
+
+
+def _read(tar: tarfile.TarFile, member: tarfile.TarInfo, path: Path) -> bytes:
+    """Read a file of a label or a caption.
+
+    Raises:
+        DataError: It is too large.
+    """
+    file = tar.extractfile(member)
+    assert file is not None  # it is a plain file
+    if member.size > MAX_TEXT_BYTES:
+        raise DataError(f"{path}: {member.name} is too large for a label or caption. Remove it.")
+    return file.read()

@@ -7,7 +7,7 @@ noise, take the same steps and are compared with the same training images.
 import hashlib
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -22,7 +22,7 @@ from tdc_ray.config.evaluate import EvaluateConfig, Metric
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import sampler_key
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
-from tdc_ray.data.fingerprint import diffusion_key, images_key
+from tdc_ray.data.fingerprint import conditioning_key, diffusion_key, images_key
 from tdc_ray.data.latents import training_data
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
@@ -384,7 +384,7 @@ def sample_inputs(job: SampleJob) -> Inputs:
         "first_stage": None if stage is None else first_stage_digest(Path(stage)),
         "shape": input_shape(config.data),
         "diffusion": diffusion_key(config.diffusion),
-        "conditioning": asdict(config.conditioning),
+        "conditioning": conditioning_key(config.conditioning),
         "sampler": sampler_key(config.sampler),
         "seed": config.evaluate.seed,
         "batch_size": config.evaluate.batch_size,

@@ -1,7 +1,7 @@
 """Imports a pretrained base into a folder, converted if necessary.
 
 The folder has ``unet`` in diffusers' format, ``first_stage`` where the UNet denoises latents (a
-diffusers ``VQModel`` or ``AutoencoderKL``), and ``base.json``: the noise process, the sampler, the
+model of ``first_stage.KINDS``), and ``base.json``: the noise process, the sampler, the
 source, and the SHA-256 of the files.
 """
 
@@ -10,7 +10,7 @@ import math
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from diffusers import AutoencoderKL, VQModel
+from diffusers import VQModel
 
 from tdc_ray.config.image_size import size_text
 from tdc_ray.config.model import AUTO
@@ -19,7 +19,7 @@ from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.finite import check_finite
-from tdc_ray.models.first_stage import downsampling, load_autoencoder
+from tdc_ray.models.first_stage import Autoencoder, downsampling, load_autoencoder
 from tdc_ray.models.network_config import (
     SD3_CLASS,
     NetworkConfig,
@@ -209,7 +209,7 @@ def _shape(unet: NetworkConfig) -> dict[str, object]:
 
 def _first_stage(
     base: PretrainedBase, settings: NetworkConfig, named: str | None
-) -> VQModel | AutoencoderKL | None:
+) -> Autoencoder | None:
     """Load the first stage of the UNet's latents, if any: the named one, else its own."""
     stage = base.first_stage if named is None else resolve_path(named)
     if isinstance(stage, PackedFirstStage):

@@ -27,17 +27,18 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.checkpoints import compvis, openai
 from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.families import given_config, load_network
-from tdc_ray.models.first_stage import downsampling
+from tdc_ray.models.first_stage import downsampling, widths_of
 from tdc_ray.models.network_config import (
     DIT_CLASS,
     PIXART_CLASS,
+    SANA_CLASS,
     SD3_CLASS,
     FirstStageConfig,
     NetworkConfig,
     class_name,
     image_size,
 )
-from tdc_ray.models.structure import TEXT_CLASSES, reads_text
+from tdc_ray.models.structure import reads_text
 from tdc_ray.models.text_encoder import TEXT_ENCODER
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
@@ -55,7 +56,7 @@ ZERO_SNR = "rescale_betas_zero_snr"
 FLOW: PredictionType = "flow_prediction"
 EDM = "sigma_data"
 
-TRANSFORMERS = (DIT_CLASS, PIXART_CLASS, SD3_CLASS)
+TRANSFORMERS = (DIT_CLASS, PIXART_CLASS, SD3_CLASS, SANA_CLASS)
 """Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
@@ -167,9 +168,7 @@ def is_unet(folder: Path) -> bool:
         CheckpointError: The config is no JSON object.
     """
     document = json_object(folder / "config.json")
-    # Those that no command takes, such as SANA's, are found, too, to be refused for what they are.
-    known = (*TRANSFORMERS, *TEXT_CLASSES)
-    return "block_out_channels" in document or class_name(document) in known
+    return "block_out_channels" in document or class_name(document) in TRANSFORMERS
 
 
 def _check_prediction(base: PretrainedBase, predicts: PredictionType | None) -> None:
@@ -383,6 +382,9 @@ def _run(source: str, folder: Path, unet: Path | None = None) -> PretrainedBase 
         "sampler": {name: getattr(config.sampler, name) for name in SAMPLER},
         "conditioning": {"num_classes": config.conditioning.num_classes},
     }
+    if config.data.text_encoder is not None:
+        stages["data"] = {"text_encoder": config.data.text_encoder}
+        stages["sampler"]["guidance_scale"] = config.sampler.guidance_scale
     is_latent = config.data.first_stage is not None
     first_stage = run_dir.experts / FIRST_STAGE_DIR if is_latent else None
     return _diffusers(source, unet or run_dir.base_unet, stages, "EMA", first_stage)
@@ -619,7 +621,7 @@ def _noise_of_betas(source: str, betas: object) -> dict[str, Any]:
 def images_of(first_stage: Path, size: int | tuple[int, int] | None) -> dict[str, Any]:
     """Return the images of latents of a size; nothing if a config lacks it: refused later."""
     config = json_object(first_stage / "config.json")
-    channels, levels = config.get("in_channels"), config.get("block_out_channels")
+    channels, levels = config.get("in_channels"), widths_of(config)
     if size is None or not isinstance(channels, int) or not isinstance(levels, list):
         return {}
     factor, (height, width) = downsampling(levels), image_size({"sample_size": size})

@@ -26,7 +26,7 @@ from tdc_ray.execution.item import ItemResult, Report
 from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
-from tdc_ray.runs.pipelines import pipeline_index
+from tdc_ray.runs.pipelines import image_conditions, pipeline_index
 from tdc_ray.seeds import derive_seed
 from tdc_ray.storage.run_dir import RunDir
 
@@ -130,7 +130,8 @@ def train_base(
     state = start_state(unet if mesh else unet.to(worker.device), config.base, mesh=mesh)
     if resume_from is not None:
         state.load(resume_from)
-    dataset = training_data(config.data, config.evaluate.cache_dir).open()
+    data = training_data(config.data, config.evaluate.cache_dir)
+    dataset = data.open()
     rest, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
         dataset,
@@ -154,6 +155,7 @@ def train_base(
         seed=derive_seed(config.seed, "base"),
         rank=worker.rank,
         label_dropout=config.conditioning.label_dropout,
+        caption_dropout=data.caption_dropout(config.conditioning.caption_dropout),
         report=report,
         save=save,
     )
@@ -164,5 +166,6 @@ def sample_grid(unet: UNet2DModel, config: RunConfig, num_images: int = 16) -> T
     """Sample a few images by a base: uint8, ``(B, H, W, C)``."""
     pipeline = base_pipeline(unet, pipeline_index(config)).to(unet.device)
     pipeline.set_progress_bar_config(disable=True)
-    images = pipeline(num_images, seed=config.evaluate.seed, output_type="np").images
+    told = image_conditions(config, 0, num_images)
+    images = pipeline(num_images, seed=config.evaluate.seed, output_type="np", **told).images
     return torch.from_numpy(images)

@@ -328,6 +328,7 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
         seed=derive_seed(context.seed, *seed_parts),
         rank=rank.rank,
         label_dropout=context.conditioning.label_dropout,
+        caption_dropout=context.data.caption_dropout(context.conditioning.caption_dropout),
         teacher=Teacher(base.network, share) if (share := job.train.distillation_share) else None,
         report=report,
         save=lambda current: current.save(job.checkpoint),

@@ -203,7 +203,8 @@ def _train(state: TrainState, job: LongerBaseJob, rank: WorkerRank, report: Repo
     model: nn.Module = state.unet
     if rank.world_size > 1 and state.structure is None:
         model = nn.parallel.DistributedDataParallel(state.unet)
-    dataset = training_data(config.data, config.evaluate.cache_dir).open()
+    data = training_data(config.data, config.evaluate.cache_dir)
+    dataset = data.open()
     indices, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
         dataset,
@@ -227,6 +228,7 @@ def _train(state: TrainState, job: LongerBaseJob, rank: WorkerRank, report: Repo
         seed=derive_seed(config.seed, "longer-base"),
         rank=rank.rank,
         label_dropout=config.conditioning.label_dropout,
+        caption_dropout=data.caption_dropout(config.conditioning.caption_dropout),
         report=report,
         save=lambda current: current.save(job.checkpoint),
     )

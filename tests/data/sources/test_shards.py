@@ -397,3 +397,53 @@ def test_an_image_that_a_parquet_file_repeats_takes_the_disk_once(tmp_path, conf
     assert values(load_dataset(config_of("parquet", tmp_path / "data"))) == [(1, -1), (2, -1)] * 50
     (copy,) = (tmp_path / "cache/shards").glob("*.images")
     assert copy.stat().st_size == len(encoded(1)) + len(encoded(2))
+
+
+# --- captions --------------------------------------------------------------------------------
+
+
+def write_captioned(source, folder, texts):
+    """Two shards of images of the greys 10, 20, ... and of these captions; None is none."""
+    images = [encoded(10 * (index + 1)) for index in range(len(texts))]
+    for number, some in enumerate(([0], range(1, len(texts)))):
+        path = folder / f"{number}.{'tar' if source == 'webdataset' else 'parquet'}"
+        if source == "parquet":
+            chosen = [texts[index] for index in some]
+            write_parquet(path, {"image": structs(*(images[i] for i in some)), "text": chosen})
+            continue
+        members = [(f"{index}.png", images[index]) for index in some]
+        known = [(index, texts[index]) for index in some if texts[index] is not None]
+        members += [(f"{index}.txt", text.encode()) for index, text in known]
+        write_tar(path, sorted(members))
+    return folder
+
+
+@pytest.mark.parametrize("source", ["parquet", "webdataset"])
+def test_captions_of_shards_are_read_where_a_text_encoder_is_named(tmp_path, config_of, source):
+    texts = ["a cat", "", "zwei \u00e4pfel"]
+    path = write_captioned(source, tmp_path / "data", texts)
+    dataset = load_dataset(config_of(source, path, text_encoder="pipeline"))
+    assert [dataset.captions[index] for index in range(3)] == texts
+    assert (values(dataset), dataset.num_classes) == ([(10, 0), (20, 1), (30, 2)], None)
+    plain = load_dataset(config_of(source, path))  # by an index of its own
+    assert (plain.captions, values(plain)) == (None, [(10, -1), (20, -1), (30, -1)])
+
+
+@pytest.mark.parametrize(
+    ("source", "name"), [("parquet", r"1\.parquet .* row 1"), ("webdataset", r"1\.tar .* 2\.png")]
+)
+def test_an_image_of_a_shard_without_a_caption_is_refused(tmp_path, config_of, source, name):
+    path = write_captioned(source, tmp_path / "data", ["a", "b", None])
+    with pytest.raises(DataError, match=f"{name} has none"):
+        load_dataset(config_of(source, path, text_encoder="pipeline"))
+
+
+def test_what_is_no_caption_of_a_shard_is_refused_or_said(tmp_path, config_of, caplog):
+    write_tar(tmp_path / "a.tar", [("a.png", encoded(1)), ("a.txt", b"\xff\xfe")])
+    with pytest.raises(DataError, match=r"the caption a\.txt must be a text in UTF-8"):
+        load_dataset(config_of("webdataset", tmp_path / "a.tar", text_encoder="pipeline"))
+    columns = {"image": structs(encoded(1)), "text": [5], "caption": ["c"]}
+    write_parquet(tmp_path / "a.parquet", columns)
+    dataset = load_dataset(config_of("parquet", tmp_path / "a.parquet", text_encoder="pipeline"))
+    assert dataset.captions[0] == "c"
+    assert "column text" in caplog.text

@@ -2,7 +2,7 @@ import inspect
 import json
 
 import pytest
-from diffusers import UNet2DModel
+from diffusers import UNet2DConditionModel, UNet2DModel
 
 from tdc_ray.errors import ConfigError, StorageError, UnsupportedModelError
 from tdc_ray.models.config_file import read_network
@@ -12,6 +12,7 @@ from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.config_file import UNetConfigFile
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
+from tdc_ray.models.unet2d_condition.config_file import UNetConditionConfigFile
 from tests.small import TINY, random_unet, sizes
 
 
@@ -29,6 +30,14 @@ def test_settings_that_a_file_leaves_out_are_diffusers_defaults():
     }
     assert UNetConfigFile().model_dump() == expected | dict.fromkeys(HEADS)
     assert set(expected) | {*HEADS, "_class_name"} == set(NetworkConfig.__annotations__)
+
+
+def test_those_of_a_captioned_unet_are_diffusers_defaults_too():
+    expected = {
+        name: list(p.default) if isinstance(p.default, tuple) else p.default
+        for name, p in inspect.signature(UNet2DConditionModel).parameters.items()
+    }
+    assert UNetConditionConfigFile().model_dump() == expected
 
 
 def test_what_diffusers_saves_is_read_as_it_was_built(tmp_path):
@@ -53,10 +62,11 @@ def test_a_pair_of_equal_sides_is_one(tmp_path):
 @pytest.mark.parametrize(
     ("document", "message"),
     [
-        ({"_class_name": "UNet2DConditionModel"}, r"UNet2DConditionModel; only a UNet2DModel"),
+        ({"_class_name": "AutoencoderKL"}, r"AutoencoderKL; only a UNet2DModel or DiT"),
+        ({"_class_name": ["UNet2DModel"]}, r"or UNet2DConditionModel can be trained"),
         (
-            {"_class_name": ["UNet2DModel"]},
-            r"only a UNet2DModel or DiTTransformer2DModel can be trained",
+            {"_class_name": "UNet2DConditionModel", "class_embed_type": "timestep"},
+            r"no config of a UNet2DConditionModel: class_embed_type must be None",
         ),
         ({"cross_attention_dim": 8}, r"no config of a UNet2DModel: cross_attention_dim: Extra"),
         ({"layers_per_block": 2.5}, r"layers_per_block .*integer.*got 2\.5"),
