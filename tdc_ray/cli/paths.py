@@ -3,7 +3,7 @@
 from importlib.util import find_spec
 from pathlib import Path
 
-from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig, hub_dataset
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, HUB_NAME
 from tdc_ray.config.run import RunConfig
@@ -110,8 +110,18 @@ def check_named_data(flag: str, source: str | None) -> None:
         DataError: It does not exist.
     """
     known = (*BUNDLED, BASE_SAMPLES)
-    if source is not None and source not in known and not _exists(source):
-        raise DataError(f"{flag} {source} does not exist, and is none of {', '.join(known)}.")
+    if source is None or source in known or _exists(source):
+        return
+    if hub_dataset(source) is None:
+        raise DataError(
+            f"{flag} {source} does not exist, and is none of {', '.join(known)}, nor a data set "
+            "on the Hugging Face hub (OWNER/NAME or OWNER/NAME:CONFIG)."
+        )
+    if find_spec("datasets") is None:
+        raise DataError(
+            f"{flag} {source} does not exist here. If it is a data set on the Hugging Face hub, "
+            "the library datasets is needed: pip install 'tdc-ray[datasets]'."
+        )
 
 
 def check_data(data: DataConfig) -> None:
@@ -121,7 +131,7 @@ def check_data(data: DataConfig) -> None:
         TdcError: There is one.
     """
     is_drawn = data.source == BASE_SAMPLES  # again, if need be
-    if data.path is not None and not is_drawn and not _exists(data.path):
+    if data.path is not None and not (is_drawn or data.is_on_hub or _exists(data.path)):
         raise DataError(
             f"data.path {data.path} does not exist (data.source {data.source}). Set --data.path "
             "to where the images are."

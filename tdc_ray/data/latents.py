@@ -219,8 +219,8 @@ def captions_of(data: DataConfig) -> Names:
     if captions is None:
         raise DataError(
             f"data.source {data.source} has no captions that are read, which a base conditioned "
-            "on text needs: write metadata.jsonl with the columns file_name and text, or set "
-            "--data base."
+            "on text needs: write metadata.jsonl with the columns file_name and text, or a data "
+            "set of datasets with the column text, or set --data base."
         )
     return captions
 

@@ -20,6 +20,9 @@ SUFFIX = ".parquet"
 IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels")
 """Names of columns, the first one that there is counts."""
 
+WITHOUT_BYTES = "rows without an image's bytes"
+"""Reason why a row is left out."""
+
 BATCH_ROWS = 64
 """Rows that are in memory at once."""
 
@@ -62,10 +65,10 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
 
     try:
         with parquet.ParquetFile(path) as file:
-            image, label = _columns(file.schema_arrow, path)
-            columns = [image] if label is None else [image, label]
+            image, label = columns(file.schema_arrow, path)
+            read = [image] if label is None else [image, label]
             row = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
+            for batch in file.iter_batches(BATCH_ROWS, columns=read):
                 labels = batch.column(label).to_pylist() if label is not None else None
                 for index, value in enumerate(batch.column(image).to_pylist()):
                     content = value.get("bytes") if isinstance(value, dict) else value
@@ -73,7 +76,7 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
                         known = labels[index] if labels is not None else None
                         yield Entry(f"row {row}", known, content=content)
                     else:
-                        left_out["rows without an image's bytes"] += 1
+                        left_out[WITHOUT_BYTES] += 1
                     row += 1
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise CorruptFileError(
@@ -81,8 +84,10 @@ def entries(path: Path, left_out: Counter[str]) -> Iterator[Entry]:
         ) from error
 
 
-def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
+def columns(schema: Any, path: Path | str) -> tuple[str, str | None]:
     """Return the names of the columns of images and of labels; None where there are no labels.
+
+    Those that Hugging Face's metadata declares as ``Image`` and ``ClassLabel`` are known as such.
 
     Raises:
         DataError: It is not known which column holds images.
@@ -109,8 +114,14 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
         )
     labels = [name for name in LABEL_NAMES if name in schema.names]
     if not labels:
-        of_classes = [name for name, kind in declared.items() if kind == "ClassLabel"]
-        labels = of_classes if len(of_classes) == 1 else []
+        labels = [name for name, kind in declared.items() if kind == "ClassLabel"]
+        if len(labels) > 1:
+            logger.warning(
+                "columns %s of %s are left out: which is the label? Name it label",
+                " and ".join(labels),
+                path,
+            )
+            return named[0], None
     for name in labels:
         kind = schema.field(name).type
         if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind):
