@@ -49,6 +49,7 @@ from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
 from tdc_ray.config.diffusion import PredictionType
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths, with_data
+from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
@@ -66,6 +67,12 @@ tdc-ray --version shows the version."""
 REQUIRED = {"model_dir": Path(), "out": Path(), "source": "", "vary": ()}
 """Placeholder for a required argument where ``--help`` or an error follows."""
 
+MODEL = (
+    "the folder of a UNet2DModel, or a run directory (tdc-ray import BASE DIR makes such a folder "
+    "of a model on the hub and of a file of openai: or compvis:)"
+)
+"""What ``tdc-ray prune`` prunes."""
+
 BUDGET_FLAGS = ("--hours", "--train-macs", "--epochs")
 HELP_ALL = "--help-all"
 
@@ -81,6 +88,9 @@ class Command(Protocol):
     @property
     def verbose(self) -> bool:
         """Whether to log more, and show where an error came from."""
+
+    def check_paths(self) -> None:
+        """Refuse paths that are not there or cannot be written to; settings may be unchecked."""
 
     def execute(self, console: Console) -> None:
         """Execute the command."""
@@ -104,6 +114,8 @@ def parse(arguments: Sequence[str]) -> Command:
         CheckpointError: The base or the model that is named does not exist, or is malformed.
     """
     _refuse_foreign(arguments)
+    if not _asks_for_help(arguments):
+        _check_sources(arguments)
     commands = _commands(_defaults(arguments))
     flags = ["--help" if argument == HELP_ALL else argument for argument in arguments]
     command: Command
@@ -114,10 +126,32 @@ def parse(arguments: Sequence[str]) -> Command:
         kinds = [Annotated[type(c), subcommand(n, default=c)] for n, c in commands.items()]
         union: Any = reduce(or_, kinds)
         command = tyro.cli(union, args=flags, prog="tdc-ray", description=DESCRIPTION)
+        command.check_paths()
     if isinstance(command, RunCommand | SweepCommand):
         _check_shape(command.config, arguments)
     _check_budget(command, arguments)
     return _with_own_run_dir(command, arguments)
+
+
+def _check_sources(arguments: Sequence[str]) -> None:
+    """Refuse images, a base or a model that are not there, with all other paths that are not.
+
+    What the settings are by default follows from them, so that the settings are not checked.
+
+    Raises:
+        ConfigError: One does not exist.
+    """
+    command = _first_reading(arguments)
+    if command is None:
+        return
+    with errors_together():
+        found = [check_named_data("--data", getattr(command, "data", None))]
+        if isinstance(command, PruneCommand):
+            found += [check_input(command.model_dir, MODEL)]
+        elif base := getattr(command, "source", None) or command.config.model.base:
+            found += [check_base(base)]
+        if not all(found):
+            command.check_paths()
 
 
 def _check_budget(command: Command, arguments: Sequence[str]) -> None:
@@ -255,7 +289,6 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
             if source
             else config
         )
-    check_named_data("--data", data)
     if "data.path" in _given(arguments):
         raise ConfigError("give --data or --data.path, not both.")
     if data == BASE_SAMPLES and not source:
@@ -356,21 +389,28 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
 
 
 def _with_checked_settings(command: Any, like: Any) -> Any:
-    """Check what was read unchecked; ``like`` has settings of the same types.
+    """Check what was read unchecked, and all paths; ``like`` has settings of the same types.
 
-    All of a part is checked at once; the parts, such as ``config`` and ``sweep``, and then the
-    command's own flags, are checked one after the other.
+    All of a part is checked at once, with the paths; the parts, such as ``config`` and ``sweep``,
+    and then the command's own flags, are checked one after the other.
 
     Raises:
-        ConfigError: Settings are out of their range, or disagree.
+        ConfigError: Settings are out of their range, or disagree, or a path is not there.
     """
     read = {one.name: getattr(command, one.name) for one in fields(command)}
-    checked = {
-        name: _checked(values, type(getattr(like, name)))
-        for name, values in read.items()
-        if isinstance(values, SimpleNamespace)
-    }
-    return replace(command, **checked)
+    with errors_together():
+        try:
+            checked = {
+                name: _checked(values, type(getattr(like, name)))
+                for name, values in read.items()
+                if isinstance(values, SimpleNamespace)
+            }
+            command = replace(command, **checked)
+        except ConfigError as error:
+            for problem in error.args:
+                refuse(problem)
+        command.check_paths()
+    return command
 
 
 def _checked(values: SimpleNamespace, kind: type[T]) -> T:
@@ -405,7 +445,6 @@ def _of_base(
         ConfigError: The base does not say its noise process, and nothing was named that has it.
         CheckpointError: There is no such base.
     """
-    check_base(source)
     from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
     from tdc_ray.runs.pretrained.sources import images_of, resolve_base  # imports torch
     from tdc_ray.runs.prune_model import run_config_of
@@ -460,11 +499,6 @@ def _of_model(
         StorageError: There is none.
     """
     model, predicts = command.model_dir, command.config.diffusion.prediction_type
-    check_input(
-        model,
-        "the folder of a UNet2DModel, or a run directory (tdc-ray import BASE DIR makes such a "
-        "folder of a model on the hub and of a file of openai: or compvis:)",
-    )
     from tdc_ray.runs.pretrained.settings import apply_settings
     from tdc_ray.runs.pretrained.sources import noise_settings
     from tdc_ray.runs.prune_model import run_config_of, unet_dir

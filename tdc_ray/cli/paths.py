@@ -1,139 +1,192 @@
-"""Refuses paths that are not there, or of another kind, before anything heavy is imported."""
+"""Refuses paths that are not there, or of another kind, before anything heavy is imported.
 
+Inside of ``errors_together`` all of them are refused in one error, with the settings.
+"""
+
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
-from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig, hub_dataset
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
-from tdc_ray.config.model import FILE_KINDS, HUB_NAME
+from tdc_ray.config.model import FILE_KINDS, HUB_NAME, ModelConfig
 from tdc_ray.config.run import RunConfig
-from tdc_ray.errors import CheckpointError, ConfigError, DataError, EvaluationError, StorageError
+from tdc_ray.config.validation import refuse
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
-def check_input(path: Path | str, kind: str) -> None:
-    """Refuse a path that does not exist; that of a URI is not looked for.
+def check_input(path: Path | str, kind: str) -> bool:
+    """Refuse a path that does not exist, or return whether it does; a URI is not looked for.
 
     Args:
         path: The path.
         kind: What it must be, in words.
 
     Raises:
-        StorageError: It does not exist.
+        ConfigError: It does not exist.
     """
-    if not _exists(path):
-        raise StorageError(f"{path} does not exist: name {kind}.")
+    if found := _exists(path):
+        return found
+    refuse(f"{path} does not exist: name {kind}.")
+    return False
 
 
-def check_base(source: str) -> None:
-    """Refuse a base that is neither here nor may be on the hub.
+def check_base(source: str) -> bool:
+    """Refuse a base that is neither here nor may be on the hub, or return whether it may be.
 
     Raises:
-        CheckpointError: It does not exist.
+        ConfigError: It does not exist.
     """
     kind, colon, path = source.partition(":")
     if kind in FILE_KINDS and colon:
-        if not _exists(path):
-            raise CheckpointError(f"{path} does not exist.")
-    elif not _exists(source) and HUB_NAME.fullmatch(source) is None:
-        raise CheckpointError(f"{source} does not exist, and is no name on the hub (owner/name).")
+        if found := _exists(path):
+            return found
+        refuse(f"{path} does not exist.")
+        return False
+    if _exists(source) or HUB_NAME.fullmatch(source) is not None:
+        return True
+    refuse(f"{source} does not exist, and is no name on the hub (owner/name).")
+    return False
 
 
-def check_output_folder(flag: str, path: Path | str) -> None:
+def check_folder(flag: str, path: Path | str) -> None:
     """Refuse a folder that cannot be one: it, or one that it lies in, is a file.
 
     Raises:
-        StorageError: There is a file.
+        ConfigError: There is a file.
     """
-    folder = resolve_path(path).expanduser()
-    if is_remote(folder):
-        return
-    for place in (folder, *folder.parents):
-        if place.exists():
-            if not place.is_dir():
-                raise StorageError(f"{place} is a file: name a folder by {flag}.")
-            return
+    place = _nearest(path)
+    if place is not None and not place.is_dir():
+        refuse(f"{place} is a file: name a folder by {flag}.")
+
+
+def check_output_folder(flag: str, path: Path | str) -> None:
+    """Refuse a folder that cannot be one, or that cannot be written to.
+
+    Raises:
+        ConfigError: It is a file, or lies in one, or may not be written to.
+    """
+    check_folder(flag, path)
+    place = _nearest(path)
+    if place is not None and place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
+        refuse(f"{place} cannot be written to: name another folder by {flag}.")
 
 
 def check_output_file(flag: str, path: Path | str) -> None:
     """Refuse a file that cannot be one: it is a folder, or lies in a file.
 
     Raises:
-        StorageError: There is something else.
+        ConfigError: There is something else.
     """
     file = resolve_path(path)
     if not is_remote(file) and file.is_dir():
-        raise StorageError(f"{file} is a folder: name a file by {flag}.")
+        refuse(f"{file} is a folder: name a file by {flag}.")
     check_output_folder(flag, file.parent)
 
 
 def check_settings(config: RunConfig) -> None:
-    """Refuse settings of a run that name paths which are not there, or caches that are files.
+    """Refuse settings of a run, checked or not, that name what is not there, or caches as files.
 
     Raises:
-        TdcError: There is one.
+        ConfigError: There is one.
     """
     evaluate = config.evaluate
     check_data(config.data)
-    if evaluate.inception_path is not None and not _exists(evaluate.inception_path):
-        raise EvaluationError(
-            f"evaluate.inception_path {evaluate.inception_path} does not exist. Name the folder "
-            "that holds inception-2015-12-05.pt."
-        )
+    _check_named("proxy.replay", config.proxy.replay, "a run directory with transcripts")
+    named = "the folder that holds inception-2015-12-05.pt"
+    _check_named("evaluate.inception_path", evaluate.inception_path, named)
     check_features_model(evaluate)
-    check_output_folder("--evaluate.cache-dir", evaluate.cache_dir)
+    check_folder("--evaluate.cache-dir", evaluate.cache_dir)
+
+
+def check_config_file(model: ModelConfig) -> None:
+    """Refuse a file of a network to train that is not there, unless its content is known.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if model.network is None:
+        _check_named("model.config", model.config, "the config.json of a network, or its folder")
 
 
 def check_features_model(evaluate: EvaluateConfig) -> None:
     """Refuse features whose library is not installed, or whose network is not there.
 
     Raises:
-        TdcError: There are such.
+        ConfigError: There are such.
     """
     if evaluate.features in HUB_MODELS and find_spec("transformers") is None:
-        raise ConfigError(
+        refuse(
             f"evaluate.features {evaluate.features} needs transformers, which is not installed: "
             "pip install 'tdc-ray[features]', or take other features."
         )
     model = evaluate.features_model
     if model is not None and not _exists(model) and HUB_NAME.fullmatch(model) is None:
-        raise EvaluationError(
+        refuse(
             f"evaluate.features_model {model} does not exist, and is no name on the hub "
             "(owner/name)."
         )
 
 
-def check_named_data(flag: str, source: str | None) -> None:
-    """Refuse data that a flag names and that is neither here nor bundled.
+def check_named_data(flag: str, source: str | None) -> bool:
+    """Refuse data that a flag names and that cannot be had, or return whether it may be.
 
     Raises:
-        DataError: It does not exist.
+        ConfigError: It is neither here nor bundled nor a name on the hub.
     """
     known = (*BUNDLED, BASE_SAMPLES)
-    if source is not None and source not in known and not _exists(source):
-        raise DataError(f"{flag} {source} does not exist, and is none of {', '.join(known)}.")
+    if source is None or source in known or _exists(source):
+        return True
+    if hub_dataset(source) is None:
+        refuse(
+            f"{flag} {source} does not exist, and is none of {', '.join(known)}, nor a data set "
+            "on the Hugging Face hub (OWNER/NAME or OWNER/NAME:CONFIG)."
+        )
+        return False
+    if find_spec("datasets") is None:
+        refuse(
+            f"{flag} {source} does not exist here. If it is a data set on the Hugging Face hub, "
+            "the library datasets is needed: pip install 'tdc-ray[datasets]'."
+        )
+        return False
+    return True
 
 
 def check_data(data: DataConfig) -> None:
-    """Refuse settings of the data that name paths which are not there, or a cache that is a file.
+    """Refuse settings of the data, checked or not, that name what is not there.
 
     Raises:
-        TdcError: There is one.
+        ConfigError: There is one, or a cache that is a file.
     """
-    is_drawn = data.source == BASE_SAMPLES  # again, if need be
-    if data.path is not None and not is_drawn and not _exists(data.path):
-        raise DataError(
-            f"data.path {data.path} does not exist (data.source {data.source}). Set --data.path "
-            "to where the images are."
+    path, is_drawn = data.path, data.source == BASE_SAMPLES  # which are drawn again, if need be
+    is_on_hub = data.source == "datasets" and path is not None and hub_dataset(path) is not None
+    if path is not None and not (is_drawn or is_on_hub or _exists(path)):
+        refuse(
+            f"data.path {path} does not exist (data.source {data.source}). Set --data.path to "
+            "where the images are."
         )
-    if data.first_stage is not None and not _exists(data.first_stage):
-        raise CheckpointError(
-            f"data.first_stage {data.first_stage} does not exist. Name the folder of a diffusers "
-            "VQModel or AutoencoderKL."
-        )
-    check_output_folder("--data.cache-dir", data.cache_dir)
+    _check_named("data.prompts", data.prompts, "a text file of prompts")
+    _check_named("data.text_encoder", data.text_encoder, "the folder of a diffusers pipeline")
+    named = "the folder of a diffusers VQModel or AutoencoderKL"
+    _check_named("data.first_stage", data.first_stage, named)
+    check_folder("--data.cache-dir", data.cache_dir)
+
+
+def _check_named(setting: str, path: str | None, kind: str) -> None:
+    """Refuse a path that a setting names and that does not exist."""
+    if path is not None and not _exists(path):
+        refuse(f"{setting} {path} does not exist. Name {kind}.")
 
 
 def _exists(path: Path | str) -> bool:
     resolved = resolve_path(path)
     return is_remote(resolved) or resolved.expanduser().exists()
+
+
+def _nearest(path: Path | str) -> Path | None:
+    """Return what is there of a path: itself, or the nearest that it lies in; None of a URI."""
+    resolved = resolve_path(path).expanduser()
+    if is_remote(resolved):
+        return None
+    absolute = resolved.absolute()
+    return next(place for place in (absolute, *absolute.parents) if place.exists())

@@ -1,9 +1,11 @@
 """Which images are learnt, and how they are brought into shape: ``--data.*``."""
 
+import re
 from pathlib import Path
 from typing import Literal
 
 from tdc_ray.config.image_size import ImageSize, size_text
+from tdc_ray.config.model import HUB_NAME
 from tdc_ray.config.validation import NonNegativeInt, PositiveInt, refuse, require, settings
 
 Source = Literal[
@@ -15,6 +17,7 @@ Source = Literal[
     "imagefolder",
     "parquet",
     "webdataset",
+    "datasets",
     "base",
 ]
 
@@ -27,6 +30,17 @@ OF_BASE = ("num_images", "prompts")
 BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
 """Sources that come with scikit-learn and need no path: channels, height, width of an image."""
 
+_HUB_DATASET = re.compile(rf"({HUB_NAME.pattern})(?::(\w[\w.-]*))?")
+
+
+def hub_dataset(name: str) -> tuple[str, str | None] | None:
+    """Return OWNER/NAME and CONFIG of ``OWNER/NAME:CONFIG``; None where a path is meant.
+
+    What lies, or would lie, in a folder that is here is a path.
+    """
+    match = _HUB_DATASET.fullmatch(name)
+    return None if match is None or Path(name).parent.exists() else (match[1], match[2])
+
 
 @settings("data")
 class DataConfig:
@@ -38,12 +52,14 @@ class DataConfig:
     a file or a folder of files with `images`, `arr_0` or ImageNet-64's `data`; cifar10: as
     torchvision unpacks it; imagefolder: the images that a Hugging Face `metadata.jsonl` or
     `metadata.csv` below `path` names, with its labels, or captions; parquet: a file or a folder of
-    files with a column of encoded images; webdataset: a tar file or a folder of them. Of the last
-    three the split train, if there are splits. base: no images are needed, they are drawn from the
-    base."""
+    files with a column of encoded images; webdataset: a tar file or a folder of them; datasets:
+    what Hugging Face's library of that name wrote (`save_to_disk`), or fetches from the hub. Of
+    the last four the split train, if there are splits. base: no images are needed, they are drawn
+    from the base."""
 
     path: str | None = None
-    """Where the images are; every source but digits, photos and base needs it."""
+    """Where the images are, of source datasets also OWNER/NAME or OWNER/NAME:CONFIG on the Hugging
+    Face hub; every source but digits, photos and base needs it."""
 
     num_images: PositiveInt | None = None
     """How many images are drawn from the base (source base). None means as many as the search and
@@ -85,8 +101,9 @@ class DataConfig:
 
     text_encoder: str | None = None
     """Folder of a diffusers pipeline whose text encoder reads prompts, and captions: the column
-    `text` of source imagefolder's metadata, the column `text` or `caption` of parquet, the `.txt`
-    of an image in webdataset. A base conditioned on text brings its own along."""
+    `text` of source imagefolder's metadata, the column `text` or `caption` of parquet and of
+    datasets, the `.txt` of an image in webdataset. A base conditioned on text brings its own
+    along."""
 
     first_stage: str | None = None
     """Folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC: the denoisers then learn its
@@ -103,9 +120,9 @@ class DataConfig:
             )
         if self.source in BUNDLED and self.path is not None:
             refuse(
-                f"data.path goes with data.source npz, folder, cifar10, imagefolder, parquet or "
-                f"webdataset, got {self.path} with {self.source}. Set --data.source, or give the "
-                "path by --data alone, which finds it out."
+                "data.path goes with data.source npz, folder, cifar10, imagefolder, parquet, "
+                f"webdataset or datasets, got {self.path} with {self.source}. Set --data.source, "
+                "or give the path by --data alone, which finds it out."
             )
         if self.num_images is not None and self.source != BASE_SAMPLES:
             refuse(
@@ -134,6 +151,11 @@ class DataConfig:
     def shape(self) -> tuple[int, int, int]:
         """``(C, H, W)`` that images are brought to."""
         return (self.num_channels, self.height, self.width)
+
+    @property
+    def is_on_hub(self) -> bool:
+        """Whether the path is the name of a data set on the Hugging Face hub."""
+        return self.source == "datasets" and hub_dataset(self.path or "") is not None
 
     @property
     def name(self) -> str:

@@ -309,7 +309,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         value = getattr(settings_of_stage, field_name)
         if value is not None:
             is_base = name in ("model.base", "evaluate.features_model")
-            path = _absolute_base(value) if is_base else _absolute(value)
+            is_hub = name == "data.path" and config.data.is_on_hub
+            path = value if is_hub else _absolute_base(value) if is_base else _absolute(value)
             changes[stage] = replace(settings_of_stage, **{field_name: path})
     return replace(config, **changes)
 

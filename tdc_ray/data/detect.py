@@ -5,8 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Source
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Source, hub_dataset
 from tdc_ray.data.sources import parquet, webdataset
+from tdc_ray.data.sources.datasets import is_saved
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
 from tdc_ray.data.sources.shards import shard_paths
@@ -31,7 +32,8 @@ logger = logging.getLogger(__name__)
 def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConfig:
     """Return settings of the data that a path, or a name without one, stands for; others stay.
 
-    Of a folder of images whose folders are splits it is that of the split train.
+    Of a folder of images whose folders are splits it is that of the split train. A name on the hub
+    is not looked for.
 
     Args:
         source: The path, the name of a bundled source, or ``base``, whose samples are drawn later.
@@ -55,12 +57,12 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         bundled = replace(data, source="digits", path=None, labels_from_folders=False, **none)
         return replace(bundled, source=cast(Source, source), **drawn)
     data = replace(data, **none)
-    kinds = _kinds(path)
+    kinds: list[Source] = ["datasets"] if hub_dataset(source) else _kinds(path)
     if not kinds:
         raise ConfigError(
             f"{name} must be {' or '.join(BUNDLED)}, a folder of images, an npz, parquet or tar "
-            "file or a folder of such files, or the folder of cifar-10-batches-py, got "
-            f"{source}{_hint(path)}."
+            "file or a folder of such files, a folder by the save_to_disk of datasets, the folder "
+            f"of cifar-10-batches-py, or OWNER/NAME on the hub, got {source}{_hint(path)}."
         )
     if len(kinds) > 1:
         raise ConfigError(
@@ -96,6 +98,8 @@ def _kinds(path: Path) -> list[Source]:
         return [SHARDS[suffix]] if suffix in SHARDS else []
     if (path / "cifar-10-batches-py").is_dir():
         return ["cifar10"]
+    if is_saved(path):
+        return ["datasets"]
     arrays, is_imagefolder = npz_in(path), bool(metadata_files(path))
     kinds: list[Source] = ["npz"] if arrays else []
     previews = {file.stem for file in arrays}  # such as samples.png beside samples.npz
@@ -115,7 +119,6 @@ def _hint(path: Path) -> str:
             f", with a compressed tar file, whose images cannot be read one by one: {command} "
             f"{packed[0]}"
         )
-    is_saved = any(one.name == "dataset_dict.json" for one in names)  # by datasets' save_to_disk
-    if is_saved or any(one.suffix.lower() == ".arrow" for one in names):
-        return ", with Arrow files: write them as parquet, by the dataset's to_parquet"
+    if any(one.suffix.lower() == ".arrow" for one in names):
+        return ", with Arrow files and no state.json: name a folder that save_to_disk wrote"
     return ""

@@ -244,8 +244,9 @@ def captions_of(data: DataConfig) -> Names:
     if captions is None:
         raise DataError(
             f"data.source {data.source} has no captions that are read, which a base conditioned "
-            "on text needs: write metadata.jsonl with the columns file_name and text (or parquet "
-            "files with a column text, or .txt files into tar files), or set --data base."
+            "on text needs: write metadata.jsonl with the columns file_name and text (or a column "
+            "text into parquet files or a data set of datasets, or .txt files into tar files), or "
+            "set --data base."
         )
     return captions
 

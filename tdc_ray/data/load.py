@@ -8,6 +8,7 @@ from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.sources import (
     base,
     cifar10,
+    datasets,
     digits,
     folder,
     imagefolder,
@@ -30,6 +31,7 @@ SOURCES: Mapping[str, Callable[[DataConfig], ImageDataset]] = {
     "imagefolder": imagefolder.open,
     "parquet": parquet.open,
     "webdataset": webdataset.open,
+    "datasets": datasets.open,
     "base": base.open,
 }
 """By ``data.source``."""
@@ -39,6 +41,7 @@ ENCODED: Mapping[str, Callable[[DataConfig], EncodedImages]] = {
     "imagefolder": imagefolder.list_images,
     "parquet": parquet.list_images,
     "webdataset": webdataset.list_images,
+    "datasets": datasets.list_images,
 }
 """Sources of encoded images, which may each be of another size: lists them, decodes none."""
 
@@ -50,7 +53,7 @@ def load_dataset(config: DataConfig) -> ImageDataset:
     Raises:
         DataError: It is missing, malformed, or empty, or too many of its files are corrupt.
     """
-    if config.path is not None and not exists(resolve_path(config.path)):
+    if config.path is not None and not (config.is_on_hub or exists(resolve_path(config.path))):
         raise DataError(
             f"data.path {config.path} does not exist (data.source {config.source}). "
             "Set --data.path to where the images are."

@@ -85,7 +85,7 @@ def _as_stored(data: DataConfig) -> DataConfig:
         return data
     return DataConfig(
         source=data.source,
-        path=str(Path(data.path).expanduser().resolve()),
+        path=data.path if data.is_on_hub else str(Path(data.path).expanduser().resolve()),
         labels_from_folders=data.labels_from_folders,
         cache_dir=data.cache_dir,
     )

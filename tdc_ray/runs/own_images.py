@@ -111,7 +111,7 @@ def _recorded(run_dir: Path, path: str) -> RunConfig | None:
         before = from_json(read_json(file))
         data = with_absolute_paths(before).data.path
         root = Path(path).expanduser().resolve()
-        if data is not None and Path(data) in (root, _train_folder(root)):
+        if data is not None and (data == path or Path(data) in (root, _train_folder(root))):
             return before
     return None
 

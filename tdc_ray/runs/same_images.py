@@ -11,8 +11,9 @@ from tdc_ray.storage.files import exists, read_json, write_json
 IMAGES_FILE = "images.json"
 """Name of the file that tells what the images were at the first start."""
 
-BY_TIMES = ("folder", "imagefolder", "parquet", "webdataset")
-"""Sources whose fingerprint is of the files' names, sizes and times, not of what they hold."""
+BY_TIMES = ("folder", "imagefolder", "parquet", "webdataset", "datasets")
+"""Sources whose fingerprint is of files' names, sizes and times, or of how a data set was made,
+not of what they hold."""
 
 logger = logging.getLogger(__name__)
 
@@ -25,8 +26,8 @@ def note_images(folder: Path, data: DataConfig) -> None:
 def check_images(folder: Path, data: DataConfig) -> None:
     """Compare the images with those at the first start, if that was noted.
 
-    Files that only moved, or have other names, times or sizes, are warned of: whether they show
-    something else is not known. Those of npz files are known by what they hold.
+    Files that only moved, or have other names, times or sizes, or were made again, are warned of:
+    whether they show something else is not known. Those of npz files are known by what they hold.
 
     Raises:
         StorageError: There are other classes, or other images of an npz file.

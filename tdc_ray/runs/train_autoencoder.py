@@ -229,7 +229,7 @@ def _scaling_factor(model: AutoencoderKL, images: Iterable[ImageBatch]) -> float
 
 def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
     path = config.data.path
-    if path is None:
+    if path is None or config.data.is_on_hub:
         return config
     return replace(config, data=replace(config.data, path=str(Path(path).expanduser().resolve())))
 

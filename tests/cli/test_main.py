@@ -13,6 +13,7 @@ from PIL import Image
 from tdc_ray.cli.commands.run import RunCommand
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
+from tdc_ray.cli.parse import _commands
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.models import winograd
@@ -106,43 +107,6 @@ def test_wrong_settings_are_listed_together(arguments, names, capsys):
     assert first == f"error: {len(names)} errors in the settings:"
     for line, name in zip(others, names, strict=True):
         assert line.startswith(f"  {name}")
-
-
-@pytest.mark.parametrize(
-    "arguments",
-    [
-        ["run", "--data.source", "folder", "--data.path", "nowhere"],
-        ["run", "--base", "./nowhere"],
-        ["run", "--model.config", "nowhere"],
-        ["run", "--model.config", "nowhere", "--run-dir", "run"],
-        ["run", "--evaluate.features", "auto", "--evaluate.inception-path", "nowhere"],
-        ["run", "--data.first-stage", "nowhere", "--sampler.no-clip-sample"],
-        ["sweep", "--base", "openai:nowhere.pt", "--vary", "k=0.5"],
-        ["import", "./nowhere", "out"],
-        ["prune", "nowhere", "--out", "out"],
-        ["export", "nowhere", "out"],
-        ["report", "nowhere"],
-        ["status", "nowhere"],
-        ["memory", "nowhere"],
-        ["schedule", "nowhere", "--macs", "0.5"],
-        ["score", "nowhere", "--reference", "digits"],
-        ["train-autoencoder", "--data", "nowhere", "--out", "out"],
-    ],
-)
-def test_a_missing_path_is_refused_before_a_framework_is_imported(tmp_path, arguments):
-    text = (
-        "import sys\n"
-        "from tdc_ray.cli.main import run_command\n"
-        f"code = run_command({arguments})\n"
-        "assert not {'torch', 'ray', 'diffusers'} & set(sys.modules)\n"
-        "sys.exit(code)"
-    )
-    command = [sys.executable, "-c", text]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
-    assert done.returncode == 1
-    assert "nowhere" in done.stderr
-    assert "does not exist" in done.stderr
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("below", ["", "/deeper"])
@@ -460,3 +424,120 @@ def test_ls_and_compare_refuse_what_holds_no_runs(tmp_path, capsys):
     for named in ("run", "run/../run"):
         assert run_command(["compare", "run", named]) == 1
         assert f"two different run directories, got run, {named}." in capsys.readouterr().err
+
+
+# --- paths that are not there ----------------------------------------------------------------
+
+
+def errors_of(arguments, capsys):
+    assert run_command(list(map(str, arguments))) == 1
+    return capsys.readouterr().err.strip().splitlines()
+
+
+def test_paths_are_refused_in_one_error_with_the_settings(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    head, *problems = errors_of(
+        [
+            *("run", "--preset", "mnist", "--data.path", "gone.npz", "--run-dir", "file"),
+            *("--evaluate.features", "dinov2", "--evaluate.features-model", "a/b/c"),
+            *("--proxy.replay", "old", "--store", "file/s", "--data.first-stage", "vae"),
+            *("--model.config", "unet.json", "--base.batch-size", "0"),
+        ],
+        capsys,
+    )
+    assert head == "error: 8 errors in the settings:"
+    for words in (
+        "base.batch_size must be at least 1, got 0",
+        "file is a file: name a folder by --run-dir",
+        "file is a file: name a folder by --store",
+        "data.path gone.npz does not exist",
+        "data.first_stage vae does not exist",
+        "proxy.replay old does not exist",
+        "evaluate.features_model a/b/c does not exist",
+        "model.config unet.json does not exist",
+    ):
+        assert sum(words in problem for problem in problems) == 1, words
+
+
+def test_what_settings_follow_from_is_refused_with_all_other_paths(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    told = errors_of(
+        [
+            "sweep",
+            "--data",
+            "gone",
+            "--base",
+            "no/such/base",
+            "--storage",
+            "file",
+            "--vary",
+            "k=1,2",
+        ],
+        capsys,
+    )
+    assert len(told) == 4
+    assert "--data gone does not exist" in told[1]
+    assert "no/such/base does not exist, and is no name on the hub" in told[2]
+    assert "file is a file: name a folder by --storage" in told[3]
+    told = errors_of(["prune", "gone", "--data", "lost", "--out", "file", "--macs", "0.5"], capsys)
+    assert [line.split()[0] for line in told[1:]] == ["--data", "gone", f"{tmp_path}/file"]
+    told = errors_of(["score", "gone", "--reference", "lost", "--out", tmp_path], capsys)
+    assert [line.split()[0] for line in told[1:]] == ["IMAGES", "--reference", str(tmp_path)]
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_work(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tdc_ray.cli.paths.os.access", lambda path, mode: path != tmp_path)
+    (told,) = errors_of(["run", "--run-dir", tmp_path / "a/b", "--preset", "digits"], capsys)
+    assert told == f"error: {tmp_path} cannot be written to: name another folder by --run-dir."
+
+
+MISSING = [
+    ["run", "--data", "gone"],
+    ["run", "--data.source", "folder", "--data.path", "gone"],
+    ["run", "--base", "./gone"],
+    ["run", "--model.config", "gone"],
+    ["run", "--model.config", "gone", "--run-dir", "run"],
+    ["run", "--evaluate.features", "auto", "--evaluate.inception-path", "gone"],
+    ["run", "--data.first-stage", "gone", "--sampler.no-clip-sample"],
+    ["plan", "--data", "gone"],
+    ["plan", "--model.config", "gone"],
+    ["sweep", "--base", "openai:gone", "--vary", "k=0.5"],
+    ["prune", "gone", "--out", "out"],
+    ["prune", ".", "--data", "gone", "--out", "out"],
+    ["import", "./gone", "out"],
+    ["sample", "gone"],
+    ["schedule", "gone", "--macs", "0.5"],
+    ["score", "gone", "--reference", "digits"],
+    ["score", ".", "--reference", "gone"],
+    ["export", "gone", "out"],
+    ["report", "gone"],
+    ["ls", "gone"],
+    ["compare", "gone", "."],
+    ["status", "gone"],
+    ["memory", "gone"],
+    ["simulate", "--costs", "gone"],
+    ["train-autoencoder", "--data", "gone", "--out", "out"],
+]
+"""Command lines with a path that does not exist, of every command that takes one."""
+
+REFUSE = """
+import json, sys
+from tdc_ray.cli.main import run_command
+for arguments in json.loads(sys.argv[1]):
+    assert run_command(arguments) == 1, arguments
+    found = {"torch", "diffusers", "ray", "datasets"} & set(sys.modules)
+    assert not found, (arguments, found)
+"""
+
+
+def test_a_missing_path_is_refused_before_a_framework_is_imported(tmp_path):
+    assert {arguments[0] for arguments in MISSING} == set(_commands(preset("digits"))) - {"doctor"}
+    command = [sys.executable, "-c", REFUSE, json.dumps(MISSING)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert done.returncode == 0, done.stderr
+    said = done.stderr.splitlines()
+    assert len(said) == len(MISSING)
+    assert all("gone does not exist" in line for line in said)
+    assert not list(tmp_path.iterdir())

@@ -91,8 +91,7 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
         ("a.txt", r"--data must be digits or photos, a folder of images, .* got .*data\.$"),
         ("a.tar.gz", r"got .*, with a compressed tar file, .* one by one: gunzip a\.tar\.gz\.$"),
         ("a.TAR.ZST", r"got .*: unzstd a\.TAR\.ZST\.$"),
-        ("dataset_dict.json", r"got .*, with Arrow files: write them as parquet"),
-        ("data-0.arrow", r"got .*, with Arrow files: write them as parquet"),
+        ("data-0.arrow", r"got .*, with Arrow files and no state\.json: name a folder"),
     ],
 )
 def test_what_holds_no_data_is_refused_with_a_way_out(tmp_path, name, message):

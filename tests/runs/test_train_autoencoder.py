@@ -137,13 +137,15 @@ def test_the_loss_is_the_mean_over_pixels_of_error_and_divergence():
         (["--latent-channels", "0"], ["latent_channels", "at least 1"]),
         (["--train.micro-batch-size", "4"], ["train.micro_batch_size", "None", "4"]),
         (["--train.batch-size", "0"], ["train.batch_size", "at least 1"]),
-        (["--data.first-stage", "x"], ["data.first_stage", "None", "x"]),
+        (["--data.first-stage", "."], ["data.first_stage", "None", "."]),
         (["--data", "nowhere"], ["--data", "nowhere"]),
         ([], ["mnist.npz does not exist"]),
     ],
 )
 def test_bad_input_is_one_clear_error_before_work(tmp_path, monkeypatch, capsys, arguments, words):
     monkeypatch.chdir(tmp_path)
+    if arguments:
+        (tmp_path / "mnist.npz").touch()
     assert run_command(["train-autoencoder", "--out", "out", *arguments]) == 1
     error = capsys.readouterr().err
     assert len(error.strip().splitlines()) == 1

@@ -20,6 +20,11 @@ class CompareCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        for run in self.runs:
+            check_input(run, "a run directory")
+
     def execute(self, console: Console) -> None:
         """Print the tables."""
         runs = list(dict.fromkeys(resolve_path(run).resolve() for run in self.runs))
@@ -28,8 +33,6 @@ class CompareCommand:
             raise ConfigError(
                 f"tdc-ray compare needs at least two different run directories, got {named}."
             )
-        for run in self.runs:
-            check_input(run, "a run directory")
         from tdc_ray.reporting.overview import print_comparison
         from tdc_ray.runs.overview import load_overview
 

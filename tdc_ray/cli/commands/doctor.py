@@ -25,6 +25,9 @@ class DoctorCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse no path: what is wrong with one is said with all else that is."""
+
     def execute(self, console: Console) -> None:
         """Print what was found as it is found."""
         from tdc_ray.runs.doctor import diagnose

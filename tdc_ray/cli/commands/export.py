@@ -27,10 +27,13 @@ class ExportCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
-    def execute(self, console: Console) -> None:
-        """Export the run, and print where to."""
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
         check_input(self.run, "a finished run directory")
         check_output_folder("OUT", self.out)
+
+    def execute(self, console: Console) -> None:
+        """Export the run, and print where to."""
         from tdc_ray.runs.export.export import export_run
 
         export_run(self.run, self.out, denoiser=self.denoiser)

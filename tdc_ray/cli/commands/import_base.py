@@ -27,9 +27,12 @@ class ImportCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_output_folder("OUT", self.out)
+
     def execute(self, console: Console) -> None:
         """Write the base, and print the settings that it leaves open."""
-        check_output_folder("OUT", self.out)
         from tdc_ray.models.network_config import num_class_embeds
         from tdc_ray.models.structure import network_structure
         from tdc_ray.runs.pretrained.importer import import_base

@@ -20,9 +20,12 @@ class LsCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_input(self.folder, "a folder of runs")
+
     def execute(self, console: Console) -> None:
         """Print a line for each run."""
-        check_input(self.folder, "a folder of runs")
         from tdc_ray.reporting.overview import print_runs
         from tdc_ray.runs.overview import find_runs, load_overviews
 

@@ -26,9 +26,12 @@ class MemoryCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_input(self.run, "a run directory, or what tdc-ray prune wrote")
+
     def execute(self, console: Console) -> None:
         """Print the entries."""
-        check_input(self.run, "a run directory, or what tdc-ray prune wrote")
         from tdc_ray.pruning.memory import MemoryBank
         from tdc_ray.reporting.console import print_memory
         from tdc_ray.storage.files import exists, listing

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from tdc_ray.cli.commands.settings import Settings
-from tdc_ray.cli.paths import check_output_folder
+from tdc_ray.cli.paths import check_config_file, check_output_folder
 from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.models.config_file import with_file
@@ -32,6 +32,11 @@ class PlanCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_output_folder("--out-dir", self.out_dir or "runs")
+        check_config_file(self.config.model)
+
     def execute(self, console: Console) -> None:
         """Print the plan and write it."""
         from tdc_ray.diffusion.plan import to_json
@@ -46,7 +51,6 @@ class PlanCommand:
         # What a run of a config file is called follows from its content.
         named = replace(config, model=with_file(config.model))
         folder = resolve_path(self.out_dir or default_run_dir(named))
-        check_output_folder("--out-dir", folder)
         base = None
         if config.model.is_open:
             from tdc_ray.runs.choices import with_choices  # imports torch

@@ -9,7 +9,7 @@ from rich.console import Console
 from tyro.conf import Positional
 
 from tdc_ray.cli.commands.settings import Settings
-from tdc_ray.cli.paths import check_named_data, check_output_folder, check_settings
+from tdc_ray.cli.paths import check_output_folder, check_settings
 from tdc_ray.config.prune import SearchMethod
 from tdc_ray.config.validation import errors_together, refuse, require
 from tdc_ray.errors import ConfigError
@@ -63,12 +63,14 @@ class PruneCommand:
         if self.timesteps is not None and self.group is not None:
             refuse("give --timesteps or --group, not both.")
 
-    def execute(self, console: Console) -> None:
-        """Prune, and print the size and the losses of the pruned model."""
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
         check_output_folder("--out", self.out)
-        check_named_data("--data", self.data)
         if self.data is None:
             check_settings(self.config)
+
+    def execute(self, console: Console) -> None:
+        """Prune, and print the size and the losses of the pruned model."""
         from tdc_ray.diffusion.plan import one_group, plan_groups
         from tdc_ray.models.families import given_config
         from tdc_ray.reporting.console import print_pruned

@@ -26,14 +26,17 @@ class ReportCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
-    def execute(self, console: Console) -> None:
-        """Write the report, and print where it is."""
-        if not self.runs:
-            raise ConfigError("tdc-ray report needs at least one run directory or sweep.")
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
         for run in self.runs:
             check_input(run, "a run directory, or the folder of a sweep")
         if self.out is not None:
             check_output_folder("--out", self.out)
+
+    def execute(self, console: Console) -> None:
+        """Write the report, and print where it is."""
+        if not self.runs:
+            raise ConfigError("tdc-ray report needs at least one run directory or sweep.")
         from tdc_ray.reporting.html.write import write_report
 
         page = write_report(self.runs, self.out)

@@ -1,5 +1,6 @@
 """``tdc-ray run``."""
 
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from shlex import quote
@@ -9,8 +10,9 @@ from rich.console import Console
 from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import LogTo, Settings
 from tdc_ray.cli.output import PlainConsole
-from tdc_ray.cli.paths import check_output_folder, check_settings
-from tdc_ray.config.run import default_run_dir, with_absolute_paths
+from tdc_ray.cli.paths import check_config_file, check_output_folder, check_settings
+from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
+from tdc_ray.errors import TdcError
 from tdc_ray.models.config_file import with_file
 from tdc_ray.reporting.loggers.names import check_loggers
 from tdc_ray.storage.files import exists
@@ -46,6 +48,26 @@ class RunCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_output_folder("--run-dir", self.run_dir or "runs")
+        if self.store is not None:
+            check_output_folder("--store", self.store)
+        if not self._is_finished():  # finished work needs none
+            check_settings(self.config)
+        if not self._has_begun:  # what a run has read of the file is in its settings
+            check_config_file(self.config.model)
+
+    def _is_finished(self) -> bool:
+        """Whether the results of the run are here, if the settings tell which run it is."""
+        folder = self.run_dir
+        if folder is None and isinstance(self.config, RunConfig):  # checked
+            with suppress(TdcError):  # a missing model.config is refused as a path
+                folder = default_run_dir(replace(self.config, model=with_file(self.config.model)))
+        if folder is None or is_remote(path := resolve_path(folder)):
+            return False
+        return RunDir(path).results.exists()
+
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
         config, trackers = self.config, sum(self.log_to, ())
@@ -54,11 +76,6 @@ class RunCommand:
             config = replace(config, model=with_file(config.model))
         folder = resolve_path(self.run_dir or default_run_dir(config))
         name = display_path(folder)
-        check_output_folder("--run-dir", folder)
-        if self.store is not None:
-            check_output_folder("--store", self.store)
-        if is_remote(folder) or not RunDir(folder).results.exists():  # finished work needs none
-            check_settings(config)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
         from tdc_ray.runs.budget import steps_by_count

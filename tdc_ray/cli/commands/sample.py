@@ -75,11 +75,14 @@ class SampleCommand:
         rule = "none with --offload or --winograd"
         require("sample", self, "compile", rule, ok=plain or self.compile == "none")
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_input(self.run, "a run directory, or a folder of experts")
+        check_output_folder("--out-dir", self.out_dir or self.run / "samples")
+
     def execute(self, console: Console) -> None:
         """Sample and write the images."""
-        check_input(self.run, "a run directory, or a folder of experts")
         folder = resolve_path(self.out_dir or self.run / "samples")
-        check_output_folder("--out-dir", folder)
         import numpy as np
         import torch
 

@@ -42,6 +42,17 @@ class ScheduleCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_input(self.run, "a finished run directory")
+        for network in self.networks:
+            check_input(network, "what tdc-ray prune wrote, by --networks")
+        check_output_folder("--out", self._folder)
+
+    @property
+    def _folder(self) -> Path:
+        return self.out or self.run / "schedules" / f"{self.macs:g}"
+
     def execute(self, console: Console) -> None:
         """Choose, write the pipeline, and print what takes which steps.
 
@@ -56,11 +67,7 @@ class ScheduleCommand:
             steps = self.num_inference_steps
             rule = "at least 1"
             require("schedule", self, "num_inference_steps", rule, ok=steps is None or steps >= 1)
-        out = self.out or self.run / "schedules" / f"{self.macs:g}"
-        check_input(self.run, "a finished run directory")
-        for network in self.networks:
-            check_input(network, "what tdc-ray prune wrote, by --networks")
-        check_output_folder("--out", out)
+        out = self._folder
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.reporting.step_schedule import print_step_schedule
         from tdc_ray.runs.step_schedule.networks import ScheduleSpec

@@ -54,12 +54,15 @@ class ScoreCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
-    def execute(self, console: Console) -> None:
-        """Score the images and print what came out."""
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
         check_named_data("IMAGES", str(self.images))
         check_named_data("--reference", self.reference)
         if self.out is not None:
             check_output_file("--out", self.out)
+
+    def execute(self, console: Console) -> None:
+        """Score the images and print what came out."""
         from tdc_ray.runs.score_images import data_reference, run_reference, score_images
         from tdc_ray.storage.files import write_json
         from tdc_ray.storage.object_store import display_path, resolve_path

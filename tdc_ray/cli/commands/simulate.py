@@ -8,7 +8,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import Settings
-from tdc_ray.cli.paths import check_output_file
+from tdc_ray.cli.paths import check_input, check_output_file
 from tdc_ray.config.run import to_json
 from tdc_ray.config.simulation import SimulationConfig
 
@@ -28,10 +28,15 @@ class SimulateCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
-    def execute(self, console: Console) -> None:
-        """Print, and write, the simulated times."""
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        if self.simulation.costs is not None:
+            check_input(self.simulation.costs, "a run directory, by --costs")
         if self.json is not None:
             check_output_file("--json", self.json)
+
+    def execute(self, console: Console) -> None:
+        """Print, and write, the simulated times."""
         from tdc_ray.reporting.workers import print_simulated
         from tdc_ray.runs.simulation import assumptions, simulate_run
         from tdc_ray.storage.files import write_json

@@ -19,9 +19,12 @@ class StatusCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_input(self.run, "a run directory")
+
     def execute(self, console: Console) -> None:
         """Print the progress of the run."""
-        check_input(self.run, "a run directory")
         from tdc_ray.reporting.workers import print_start, print_status
         from tdc_ray.runs.status import start_status, status
         from tdc_ray.storage.run_dir import RunDir

@@ -10,7 +10,7 @@ from rich.console import Console
 from tyro.conf import arg
 
 from tdc_ray.cli.commands.settings import LogTo, Settings
-from tdc_ray.cli.paths import check_output_folder, check_settings
+from tdc_ray.cli.paths import check_config_file, check_output_folder, check_settings
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError, WorkFailedError
@@ -47,6 +47,12 @@ class SweepCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
+        check_output_folder("--storage and --name", resolve_path(self.storage) / self.name)
+        check_settings(self.config)
+        check_config_file(self.config.model)
+
     def execute(self, console: Console) -> None:
         """Start or resume the sweep, and print its results."""
         if self.config.seed != RunConfig().seed:
@@ -56,8 +62,6 @@ class SweepCommand:
         space = parse_space(self.vary, self.config)
         check_space(space, self.config, self.sweep)
         folder = resolve_path(self.storage) / self.name
-        check_output_folder("--storage and --name", folder)
-        check_settings(self.config)
         console.print(
             f"sweep {display_path(folder)}; interrupted, the same command resumes it\n"
             f"curves and HParams: tensorboard --logdir {quote(display_path(folder))}",

@@ -31,11 +31,15 @@ class TrainAutoencoderCommand:
     verbose: bool = False
     """Log more, and show where an error came from."""
 
-    def execute(self, console: Console) -> None:
-        """Train, and print the reconstruction error on held-out images."""
+    def check_paths(self) -> None:
+        """Refuse paths that are not there, or cannot be written to."""
         check_output_folder("--out", self.out)
         check_named_data("--data", self.data)
-        check_data(self.config.data)
+        if self.data is None:
+            check_data(self.config.data)
+
+    def execute(self, console: Console) -> None:
+        """Train, and print the reconstruction error on held-out images."""
         from tdc_ray.data.detect import data_config
         from tdc_ray.reporting.sinks import default_sinks
         from tdc_ray.runs.train_autoencoder import REPORT_FILE, train_autoencoder

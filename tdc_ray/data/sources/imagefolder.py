@@ -78,7 +78,7 @@ def list_images(config: DataConfig) -> FolderImages:
             label, caption = rows.pop(path)
             labels.append(label)
             if config.text_encoder is not None:
-                captions.append(_caption(caption, path, root))
+                captions.append(caption_of(caption, path, f"metadata in {root}"))
         else:
             left_out[UNNAMED] += 1
     if rows:
@@ -106,7 +106,7 @@ def metadata_files(root: Path) -> list[str]:
     return [path for path in file_paths(root, suffixes) if Path(path).name in METADATA]
 
 
-def _caption(caption: str | None, path: str, root: Path) -> str:
+def caption_of(caption: str | None, image: str, where: str) -> str:
     """Return an image's caption.
 
     Raises:
@@ -114,8 +114,8 @@ def _caption(caption: str | None, path: str, root: Path) -> str:
     """
     if caption is None:
         raise DataError(
-            f"metadata in {root} must have a caption, the column {CAPTION}, for every image with "
-            f'data.text_encoder: {path} has none. Write it, "" for none.'
+            f"{where} must have a caption, the column {CAPTION}, for every image with "
+            f'data.text_encoder: {image} has none. Write it, "" for none.'
         )
     return caption
 

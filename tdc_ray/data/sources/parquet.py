@@ -21,6 +21,9 @@ IMAGE_NAMES, LABEL_NAMES = ("image", "img"), ("label", "labels")
 CAPTION_NAMES = ("text", "caption")
 """Names of columns, the first one that there is counts."""
 
+WITHOUT_BYTES = "rows without an image's bytes"
+"""Reason why a row is left out."""
+
 BATCH_ROWS = 64
 """Rows that are in memory at once."""
 
@@ -64,19 +67,19 @@ def entries(path: Path, left_out: Counter[str], *, captions: bool) -> Iterator[E
 
     try:
         with parquet.ParquetFile(path) as file:
-            image, label = _columns(file.schema_arrow, path)
-            caption = _caption_column(file.schema_arrow, path) if captions else None
-            columns = [name for name in (image, label, caption) if name is not None]
+            image, label = columns(file.schema_arrow, path)
+            caption = caption_column(file.schema_arrow, path) if captions else None
+            read = [name for name in (image, label, caption) if name is not None]
             row = 0
-            for batch in file.iter_batches(BATCH_ROWS, columns=columns):
-                found = {name: batch.column(name).to_pylist() for name in columns}
+            for batch in file.iter_batches(BATCH_ROWS, columns=read):
+                found = {name: batch.column(name).to_pylist() for name in read}
                 for index, value in enumerate(found[image]):
                     content = value.get("bytes") if isinstance(value, dict) else value
                     if content:
                         known, text = (found[n][index] if n else None for n in (label, caption))
                         yield Entry(f"row {row}", known, text, content=content)
                     else:
-                        left_out["rows without an image's bytes"] += 1
+                        left_out[WITHOUT_BYTES] += 1
                     row += 1
     except (OSError, pa.ArrowException, UnicodeDecodeError) as error:
         raise CorruptFileError(
@@ -84,8 +87,10 @@ def entries(path: Path, left_out: Counter[str], *, captions: bool) -> Iterator[E
         ) from error
 
 
-def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
+def columns(schema: Any, path: Path | str) -> tuple[str, str | None]:
     """Return the names of the columns of images and of labels; None where there are no labels.
+
+    Those that Hugging Face's metadata declares as ``Image`` and ``ClassLabel`` are known as such.
 
     Raises:
         DataError: It is not known which column holds images.
@@ -112,8 +117,14 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
         )
     labels = [name for name in LABEL_NAMES if name in schema.names]
     if not labels:
-        of_classes = [name for name, kind in declared.items() if kind == "ClassLabel"]
-        labels = of_classes if len(of_classes) == 1 else []
+        labels = [name for name, kind in declared.items() if kind == "ClassLabel"]
+        if len(labels) > 1:
+            logger.warning(
+                "columns %s of %s are left out: which is the label? Name it label",
+                " and ".join(labels),
+                path,
+            )
+            return named[0], None
     for name in labels:
         kind = schema.field(name).type
         if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind):
@@ -122,7 +133,7 @@ def _columns(schema: Any, path: Path) -> tuple[str, str | None]:
     return named[0], None
 
 
-def _caption_column(schema: Any, path: Path) -> str | None:
+def caption_column(schema: Any, path: Path | str) -> str | None:
     """Return the name of the column of captions; None where there is none."""
     from pyarrow import types
 

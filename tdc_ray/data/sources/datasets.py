@@ -1,0 +1,247 @@
+"""Data sets of Hugging Face's ``datasets``: saved by ``save_to_disk``, or named as on the hub.
+
+That library (the extra ``datasets``) finds, fetches and memory-maps them; images are decoded here.
+It runs no code that comes with a data set and unpickles nothing.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from tdc_ray.config.data import DataConfig, hub_dataset
+from tdc_ray.data.sources.encoded import EncodedImages, Names, class_labels
+from tdc_ray.data.sources.image_file import Encoded, Member
+from tdc_ray.data.sources.imagefolder import OTHER_SPLIT, caption_of
+from tdc_ray.data.sources.parquet import WITHOUT_BYTES, caption_column, columns
+from tdc_ray.data.sources.walk import in_train, subfolders
+from tdc_ray.errors import DataError
+from tdc_ray.storage.files import read_json
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from pyarrow import ChunkedArray  # imported where they are needed
+
+STATE, SPLITS = "state.json", "dataset_dict.json"
+"""Files by which a folder of ``save_to_disk`` is known: of one data set, and of its splits."""
+
+HUB_SECONDS = 10
+"""How long the hub has to answer whether there is a data set."""
+
+
+def open(config: DataConfig) -> "ArrowImages":
+    """Open a data set.
+
+    Raises:
+        DataError: It cannot be had or has no column of images, none of the images can be decoded,
+            or of one of some that are looked at it is unknown what white is.
+    """
+    return list_images(config).checked()
+
+
+def list_images(config: DataConfig) -> "ArrowImages":
+    """List the images of a data set; of its splits the one to train on.
+
+    Raises:
+        DataError: It cannot be had, or has no column of images.
+    """
+    assert config.path is not None  # DataConfig's own rule
+    if find_spec("datasets") is None:
+        raise DataError(
+            f"data.path {config.path} (data.source datasets) needs the library datasets, which is "
+            "not installed: pip install 'tdc-ray[datasets]'. Parquet files, which the data set's "
+            "to_parquet writes, are read without."
+        )
+    left_out = Counter[str]()
+    rows, roots = _load(config.path, left_out)
+    return ArrowImages(config, rows, roots, left_out)
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether ``save_to_disk`` wrote a folder."""
+    return any((folder / name).is_file() for name in (STATE, SPLITS))
+
+
+class ArrowImages(EncodedImages):
+    """The rows of a memory-mapped data set that have an image."""
+
+    def __init__(
+        self, config: DataConfig, rows: "Dataset", roots: list[Path], left_out: Counter[str]
+    ) -> None:
+        """Find the columns of images, labels and, where they are read, captions.
+
+        Args:
+            config: Names the data set.
+            rows: All of its columns.
+            roots: Folders whose files a row may name in place of its image's bytes.
+            left_out: What was left out before.
+
+        Raises:
+            DataError: There is no column of images, or no image, or it is damaged.
+        """
+        import datasets
+
+        path = str(config.path)
+        image, label = columns(rows.features.arrow_schema, path)
+        caption = None
+        if config.text_encoder is not None:
+            caption = caption_column(rows.features.arrow_schema, path)
+        wanted = [name for name in (image, label, caption) if name is not None]
+        self._fingerprint, self._image, self._roots = rows._fingerprint, image, roots
+        table = rows.data
+        try:
+            for name in wanted:  # what offsets lead out of a file would read any memory
+                table.column(name).validate(full=True)
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}. Fetch or write it again.") from error
+        self._numbers = np.flatnonzero(_has_image(table.column(image), has_files=bool(roots)))
+        if lacking := len(rows) - len(self._numbers):
+            left_out[WITHOUT_BYTES] += lacking
+        if not len(self._numbers):
+            found = ", ".join(f"{count} {reason}" for reason, count in left_out.items())
+            raise DataError(f"data.path {path} holds no image: {found or 'it has no row'}.")
+        known = table.column(label).to_pylist() if label else [None] * len(rows)
+        labels, num_classes = class_labels([known[row] for row in self._numbers], Path(path))
+        self.captions: Names | None = None
+        if caption is not None:
+            texts, where = table.column(caption).to_pylist(), f"column {caption} of {path}"
+            self.captions = Names(
+                caption_of(texts[row], f"row {row}", where) for row in self._numbers
+            )
+            labels, num_classes = torch.arange(len(self._numbers)), None
+        rows = rows.select_columns(image)
+        if isinstance(rows.features[image], datasets.Image):
+            rows = rows.cast_column(image, datasets.Image(decode=False))
+        self._rows = rows
+        super().__init__(Path(path), config, labels, num_classes, left_out)
+
+    def encoded(self, index: int) -> Encoded:
+        """Return an image's bytes, or the file that its row names.
+
+        Raises:
+            DataError: That is none of the data set's own.
+        """
+        value = self._rows[int(self._numbers[index])][self._image]
+        content = value["bytes"] if isinstance(value, dict) else value
+        if content:
+            return Member(content, lambda: self.name(index))
+        path = Path(value["path"]).resolve()
+        if not any(path.is_relative_to(root) for root in self._roots):
+            raise DataError(
+                f"{self.name(index)} names a file outside of the data set, {path}, which is not "
+                "opened. Save it with its images, by save_to_disk, and name that folder."
+            )
+        return path
+
+    def name(self, index: int) -> str:
+        """Return the number of an image's row, with the data set."""
+        return f"{self.config.path}: row {self._numbers[index]}"
+
+    def fingerprint(self) -> str:
+        """Hash the fingerprint that ``datasets`` keeps, the labels, and the shape asked for."""
+        size = f"{self.config.image_size} {self.config.num_channels} {len(self)}"
+        digest = hashlib.sha256(f"{size} {self._fingerprint}".encode())
+        digest.update(self.labels.numpy().data)
+        if self.captions is not None:
+            for index in range(len(self)):
+                digest.update(json.dumps(self.captions[index]).encode())
+        return digest.hexdigest()[:16]
+
+
+def _has_image(stored: "ChunkedArray", *, has_files: bool) -> NDArray[np.bool_]:
+    """Whether each row has its image's bytes, or names a file, if it may; reads no image."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    is_struct = pa.types.is_struct(stored.type)
+    content = pc.struct_field(stored, "bytes") if is_struct else stored
+    has_image = pc.fill_null(pc.greater(pc.binary_length(content), 0), False)  # noqa: FBT003
+    if has_files and is_struct and stored.type.get_field_index("path") >= 0:
+        has_image = pc.or_(has_image, pc.is_valid(pc.struct_field(stored, "path")))
+    return np.asarray(has_image)
+
+
+def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
+    """Return the split to train on, and the folders whose files its rows may name.
+
+    Raises:
+        DataError: It cannot be had.
+    """
+    folder, hub = Path(path).expanduser(), hub_dataset(path)
+    try:
+        if hub is not None:
+            return _from_hub(*hub, left_out)
+        if is_saved(folder):
+            return _saved(folder.resolve(), left_out), []
+        import datasets
+
+        loaded = datasets.load_dataset(str(folder.resolve()), keep_in_memory=False)
+        return loaded[_train_split(list(loaded), path, left_out)], [folder.resolve()]
+    except DataError:
+        raise
+    except Exception as error:
+        words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
+        if hub is None:
+            raise DataError(f"data.path {path} cannot be read by datasets: {words}.") from error
+        raise DataError(
+            f"data.path {path} is neither a path here nor a data set that the Hugging Face hub "
+            f"gives now: {words}. Mend the name (OWNER/NAME or OWNER/NAME:CONFIG), or save the "
+            "data set where there is a network, by its save_to_disk, and name that folder."
+        ) from error
+
+
+def _from_hub(
+    name: str, config_name: str | None, left_out: Counter[str]
+) -> tuple["Dataset", list[Path]]:
+    """Fetch a data set, or find it in the cache."""
+    import datasets
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if try_to_load_from_cache(name, "README.md", repo_type="dataset") is None:
+        # Once: load_dataset asks for half a minute, where there is no network.
+        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=HUB_SECONDS)
+    loaded = datasets.load_dataset(name, config_name, keep_in_memory=False)
+    caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
+    roots = [Path(cache).expanduser().resolve() for cache in caches]
+    return loaded[_train_split(list(loaded), name, left_out)], roots
+
+
+def _saved(folder: Path, left_out: Counter[str]) -> "Dataset":
+    """Map what ``save_to_disk`` wrote.
+
+    Raises:
+        DataError: It names files outside of the folder, or none of several splits is to train on.
+    """
+    import datasets
+
+    if not (folder / STATE).exists():
+        splits = [name for name in subfolders(folder) if (folder / name / STATE).exists()]
+        folder /= _train_split(splits, str(folder), left_out)
+    for file in read_json(folder / STATE)["_data_files"]:
+        if (name := file["filename"]) != Path(name).name:
+            raise DataError(f"{folder / STATE} names {name}, which is no file beside it.")
+    return datasets.Dataset.load_from_disk(str(folder), keep_in_memory=False)
+
+
+def _train_split(names: list[str], path: str, left_out: Counter[str]) -> str:
+    """Return the name of the split to train on.
+
+    Raises:
+        DataError: It is none of several.
+    """
+    train = names if len(names) == 1 else [name for name in names if in_train(name)]
+    if len(train) != 1:
+        raise DataError(
+            f"data.path {path} must have one split to train on, such as train, got "
+            f"{', '.join(names) or 'none'}. Save the one to take by its save_to_disk, and name "
+            "that folder."
+        )
+    if len(names) > 1:
+        left_out[f"splits {OTHER_SPLIT}"] = len(names) - 1
+    return train[0]
