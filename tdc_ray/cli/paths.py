@@ -92,7 +92,8 @@ def check_settings(config: RunConfig) -> None:
     """
     evaluate = config.evaluate
     check_data(config.data)
-    _check_named("proxy.replay", config.proxy.replay, "a run directory with transcripts")
+    if config.prune.method == "llm":
+        _check_named("proxy.replay", config.proxy.replay, "a run directory with transcripts")
     named = "the folder that holds inception-2015-12-05.pt"
     _check_named("evaluate.inception_path", evaluate.inception_path, named)
     check_features_model(evaluate)

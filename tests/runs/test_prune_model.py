@@ -228,7 +228,7 @@ def test_a_flag_without_a_value_does_not_hide_the_model(tmp_path, flag):
 def test_a_pipeline_brings_its_noise_process(tmp_path, flags):
     scheduler = DDPMScheduler(400, beta_schedule="squaredcos_cap_v2")
     DDPMPipeline(random_unet(), scheduler).save_pretrained(tmp_path / "pipeline")
-    rest = [str(tmp_path / "pipeline"), "--out", str(tmp_path / "out")]
+    rest = [str(tmp_path / "pipeline"), "--out", str(tmp_path / "out"), "--data", "digits"]
     noise = parse(["prune", *rest, *flags]).config.diffusion
     assert (noise.num_train_timesteps, noise.beta_schedule) == (400, "squaredcos_cap_v2")
     assert parse(["prune", *rest, "--diffusion.num-train-timesteps", "300"]).config.diffusion == (
@@ -377,7 +377,7 @@ def test_a_bare_unet_of_latents_takes_the_first_stage_that_is_named(tmp_path):
     stage = make_first_stage(tmp_path / "stage", latent_channels=4)
     save_unet(random_unet({**TINY, "in_channels": 4, "out_channels": 4}), tmp_path / "unet")
     flags = ["--preset", "mnist-32-ldm", "--data.first-stage", str(stage), "--out", "out"]
-    flags += ["--data.image-size", "16"]
+    flags += ["--data.image-size", "16", "--data", "digits"]
     config = parse(["prune", str(tmp_path / "unet"), *flags]).config
     unet = unet_config(tmp_path / "unet")
     data = for_unet(config, unet, "digits").data

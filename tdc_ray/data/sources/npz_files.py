@@ -321,6 +321,8 @@ def _to_uint8(dtype: np.dtype) -> str:
 
 def _image_shape(shape: tuple[int, ...], key: str, path: Path) -> tuple[int, ...]:
     """Return the shape ``(N, H, W, C)`` of images of shape ``(N, H, W)`` or that."""
+    if 0 in shape[1:]:
+        raise DataError(f"{key} in {path} must have pixels, got shape {shape}.")
     one_image = len(shape) == 3 and shape[-1] in (1, 3, 4)
     if len(shape) == 3 and not one_image:
         return (*shape, 1)

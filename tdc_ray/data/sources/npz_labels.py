@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from tdc_ray.data.sources.encoded import MOST_CLASSES
 from tdc_ray.errors import DataError
 
 
@@ -34,7 +35,7 @@ def class_numbers(labels: NDArray[np.generic], count: int, path: Path) -> NDArra
         ``(N,)``.
 
     Raises:
-        DataError: They are no whole numbers, or of another shape.
+        DataError: They are no whole numbers, or too large, or of another shape.
     """
     if labels.shape == (count, 1):
         labels = labels[:, 0]
@@ -49,6 +50,8 @@ def class_numbers(labels: NDArray[np.generic], count: int, path: Path) -> NDArra
         numbers: NDArray[np.int64] = labels.astype(np.int64)
     if (others := labels[numbers != labels]).size:
         raise DataError(f"labels in {path} must be whole numbers, got {others[0]}.")
+    if (largest := numbers.max(initial=0)) >= MOST_CLASSES:
+        raise DataError(f"labels in {path} must be below {MOST_CLASSES}, got {largest}.")
     return numbers
 
 

@@ -107,6 +107,7 @@ def test_labels_that_are_true_or_false_are_two_classes(tmp_path):
         (np.array([0, 0.5, 1]), r"whole numbers, got 0\.5"),
         (np.array([0, np.nan, 1]), "whole numbers, got nan"),
         (np.array([0, np.inf, 1]), "whole numbers, got inf"),
+        (np.array([0, 1, 2**40]), "below 1048576, got 1099511627776"),
         (np.array([[1, 1], [1, 0], [0, 1]]), r"one-hot of shape \(3, classes\), got \(3, 2\)"),
         (np.array([[0, 1, 2]]), r"shape \(3,\), .*, got \(1, 3\)"),
         (np.array(1), r"shape \(3,\), .*, got \(\)"),
@@ -147,6 +148,7 @@ def test_hidden_npz_files_are_passed_over_and_upper_case_ones_read(tmp_path):
             {"images": random_pixels(2, 3, 8, 8)},
             r"images in .* must have shape \(N, H, W\) or .*, got \(2, 3, 8, 8\)",
         ),
+        ({"images": random_pixels(2, 0, 8)}, r"images in .* must have pixels, got shape \(2, 0,"),
         ({"images": random_pixels(8, 8)}, r"images in .* must have shape .*, got \(8, 8\)"),
         (
             {"images": random_pixels(2, 8, 8), "labels": np.arange(3)},
