@@ -120,7 +120,7 @@ def _hull_steps(curve: FactorArray, costs: FactorArray, legal: Sequence[int]) ->
             points.pop()
         points.append(point)
     hull = np.interp(cost, cost[points], curve[points])
-    falls = -np.diff(hull)
+    falls: FactorArray = -np.diff(hull)
     falls[: legal[0]] = falls[legal[0]] if len(legal) > 1 else 0.0
     return falls
 
