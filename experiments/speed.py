@@ -11,8 +11,8 @@ Ratios are of medians; the spread is the least and the largest. `training`: a st
 torchvision's ImageFolder with the example's transforms. `measuring`: a candidate's loss and a
 unit's sensitivity, against the whole pruned network for each; `ours, refit too` does more than
 that. `counting`: the macs of a scheme by table, against a model that is built, pruned and run, and
-fitting it to a limit. `depth`: forward passes of a DiT pruned to as many macs by width and by
-whole blocks. `sampling`: 64 images in 20 DDIM steps, against diffusers' DDIMPipeline
+fitting it to a limit. `depth`: CPU time of forward passes of a DiT pruned to as many macs by width
+and by whole blocks. `sampling`: 64 images in 20 DDIM steps, against diffusers' DDIMPipeline
 (which gets a last convolution without the learned variance), and experts of random weights pruned
 to their limits (k = 0.5, N = 10); ours also by Winograd's convolutions and in bf16. `starting`:
 processes from start to end. `memory`: peaks, each in a process of its own. `digits`: where the

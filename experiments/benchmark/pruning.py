@@ -164,7 +164,10 @@ BLOCKS = (3, 5, 7)
 
 
 def depth(flags: SpeedFlags) -> list[Row]:
-    """Time forward passes of a transformer pruned to as many macs by width and by depth."""
+    """Time forward passes of a transformer pruned to as many macs by width and by depth.
+
+    In CPU time, which with one thread is the wall time of a machine that does nothing else.
+    """
     config = {**DIT, "attention_head_dim": 8, "sample_size": 8} if flags.smoke else DIT
     torch.manual_seed(0)
     base, space = build_network(config).eval(), space_of(config, "depth")
@@ -189,7 +192,16 @@ def depth(flags: SpeedFlags) -> list[Row]:
         share = space.macs(scheme) / space.macs_base
         row = Row(section=section, name=f"macs, {name}", unit="F", values=(share,))
         macs.append(replace(row, precision=""))
-    return [*compared(section, ways, flags.repeats, against="base", batch=1), *macs]
+    times = compared(
+        section,
+        ways,
+        flags.repeats,
+        against="base",
+        unit="s of CPU",
+        batch=1,
+        clock=time.process_time,
+    )
+    return [*times, *macs]
 
 
 def random_values(space: Space, seed: int) -> Values:

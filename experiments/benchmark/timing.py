@@ -107,6 +107,7 @@ def compared(
     scale: float = 1.0,
     batch: int | None = None,
     precision: Callable[[str], str] = precision_of,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Row]:
     """Time several ways alternately and compare all with one of them.
 
@@ -119,6 +120,7 @@ def compared(
         scale: Factor from seconds to the unit.
         batch: Images at once.
         precision: Returns a way's precision.
+        clock: Returns the time.
     """
     return [
         Row(
@@ -130,7 +132,7 @@ def compared(
             batch=batch,
             against=None if name == against else against,
         )
-        for name, values in in_turns(ways, repeats, scale=scale).items()
+        for name, values in in_turns(ways, repeats, scale=scale, clock=clock).items()
     ]
 
 
