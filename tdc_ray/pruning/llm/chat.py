@@ -207,6 +207,7 @@ def send(
     # The client itself is to wait for the whole body, and knows no stream.
     streaming = {name: request[name] for name in STREAMED if name in request}
     others = {name: value for name, value in request.items() if name not in STREAMED}
+    others |= format_fields(form)
 
     async def post() -> Answer:
         async with (
@@ -221,7 +222,7 @@ def send(
             ) as client,
         ):
             parse = client.chat.completions.with_raw_response.parse
-            response = await parse(**others, **format_fields(form), extra_body=streaming)
+            response = await parse(**others, extra_body=streaming)
             kind, body = response.headers.get("Content-Type", ""), str(response.text)
             is_stream = kind.startswith("text/event-stream")  # not all servers can stream
             answer = _read(body, is_stream=is_stream)

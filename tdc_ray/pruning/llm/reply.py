@@ -1,6 +1,7 @@
 """The forms of a language model's answer, and its reading. A reply is data, never code."""
 
 from collections.abc import Mapping
+from functools import cache
 from typing import Any, Literal
 
 from pydantic import ValidationError
@@ -17,6 +18,7 @@ MAX_CHARS = 200_000
 TOOLS: Mapping[str, type[Predict | Measure]] = {"predict": Predict, "measure": Measure}
 
 
+@cache
 def format_fields(form: Form) -> dict[str, Any]:
     """Return what tells the client the form of an answer, by whose models it parses."""
     from openai import pydantic_function_tool
