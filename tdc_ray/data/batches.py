@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as transforms
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.seeds import derive_seed
 
@@ -49,6 +50,14 @@ def held_out_split(dataset: Sized, share: float, seed: int) -> tuple[Sequence[in
     indices = array("q", order.numpy().tobytes())
     count = max(1, round(share * len(indices)))
     return indices[count:] or indices, indices[:count]
+
+
+def base_indices(dataset: Sized, prune: PruneConfig, seed: int) -> Sequence[int] | None:
+    """Return the indices of the images that stage 1 trains on; None means all."""
+    if not prune.held_out_of_base:
+        return None
+    rest, _ = held_out_split(dataset, prune.held_out_share, seed)
+    return rest
 
 
 def halves(held_out: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:

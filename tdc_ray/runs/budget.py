@@ -10,6 +10,7 @@ from tdc_ray.config.budget import LEAST_IMAGES
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import TrainConfig
+from tdc_ray.data.batches import base_indices
 from tdc_ray.data.load import load_dataset
 from tdc_ray.diffusion.plan import Plan
 from tdc_ray.errors import ConfigError
@@ -138,7 +139,8 @@ def steps_by_count(config: RunConfig, plan: Plan, macs_base: int) -> RunConfig:
                 "--epochs counts those of the base, which --base brings: use --hours or "
                 "--train-macs, or set --finetune.num-steps."
             )
-        num_images = len(load_dataset(config.data))
+        dataset = load_dataset(config.data)
+        num_images = len(base_indices(dataset, config.prune, config.seed) or dataset)
         num_steps = math.ceil(budget.epochs * num_images / base.batch_size)
         logger.info("--epochs %g: %d images", budget.epochs, num_images)
         return with_scaled_steps(config, num_steps / base.num_steps)

@@ -54,6 +54,10 @@ def test_epochs_are_those_of_the_base_and_fine_tunes_keep_the_ratio():
     assert config.base.num_steps == -(-50 * 1797 // 64)
     assert config.finetune.num_steps == round(config.base.num_steps / 5)
     assert counted(with_budget(epochs=1e-6)).base.num_steps == 1
+    budgeted = with_budget(epochs=50)
+    held_out = replace(budgeted.prune, held_out_of_base=True, held_out_share=0.5)
+    halved = counted(replace(budgeted, prune=held_out))
+    assert halved.base.num_steps == -(-50 * 899 // 64)  # 898 images are held out
 
 
 def test_macs_are_spent_on_base_and_fine_tunes():

@@ -120,7 +120,8 @@ def apply_settings(
 def with_base(config: RunConfig, source: str, *, is_file: bool = False) -> RunConfig:
     """Return a run's settings for a base that is given.
 
-    What trained a base of its own is left out: its network, its budget and its optimizer's state.
+    What trained a base of its own is left out: its network, its budget, its optimizer's state and
+    what was held out of it.
 
     Args:
         config: The settings, such as those of the run that trained the base.
@@ -137,8 +138,9 @@ def with_base(config: RunConfig, source: str, *, is_file: bool = False) -> RunCo
         network=default.network,
         **({} if is_file else {name: getattr(default, name) for name in ATTENTIONS}),
     )
+    prune = replace(config.prune, held_out_of_base=False)
     finetune = replace(config.finetune, optimizer_state="new")
-    return replace(config, model=model, finetune=finetune, budget=BudgetConfig())
+    return replace(config, model=model, prune=prune, finetune=finetune, budget=BudgetConfig())
 
 
 def missing_settings(settings: PretrainedSettings) -> list[str]:

@@ -14,7 +14,7 @@ from ray.train import Checkpoint
 from torch import Tensor, nn
 
 from tdc_ray.config.run import RunConfig
-from tdc_ray.data.batches import batches, held_out_split
+from tdc_ray.data.batches import base_indices, batches
 from tdc_ray.data.latents import training_data
 from tdc_ray.diffusion.pipeline import base_pipeline
 from tdc_ray.diffusion.process import noise_schedule
@@ -132,10 +132,9 @@ def train_base(
         state.load(resume_from)
     data = training_data(config.data, config.evaluate.cache_dir)
     dataset = data.open()
-    rest, _ = held_out_split(dataset, config.prune.held_out_share, config.seed)
     images = batches(
         dataset,
-        indices=rest if config.prune.held_out_of_base else None,
+        indices=base_indices(dataset, config.prune, config.seed),
         batch_size=config.base.batch_size,
         seed=derive_seed(config.seed, "base", "order"),
         start_step=state.step,

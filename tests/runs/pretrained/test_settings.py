@@ -34,6 +34,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.model import FILE_KINDS
 from tdc_ray.config.presets import preset
+from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import from_json, to_json
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.schedule import betas
@@ -54,7 +55,7 @@ from tdc_ray.runs.pretrained.importer import (
 )
 from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.pretrained.prediction import prediction_doubt
-from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings
+from tdc_ray.runs.pretrained.settings import apply_settings, missing_settings, with_base
 from tdc_ray.runs.pretrained.sources import FILES, resolve_base
 from tdc_ray.storage.files import read_json, write_json
 from tdc_ray.storage.object_store import resolve_path
@@ -1070,3 +1071,12 @@ def test_what_is_imported_loads_in_diffusers(tmp_path):
 
 def test_the_kinds_of_checkpoint_files_are_those_that_the_settings_name():
     assert tuple(FILES) == FILE_KINDS
+
+
+def test_a_run_that_held_images_out_of_its_base_can_be_a_base():
+    trained = replace(preset("digits"), prune=PruneConfig(held_out_of_base=True))
+    assert with_base(trained, "run").prune == PruneConfig()
+    with pytest.raises(
+        ConfigError, match=r"prune\.held_out_of_base must be False with model\.base"
+    ):
+        replace(trained, model=replace(trained.model, base="run"))
