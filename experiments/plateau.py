@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from common import Flags, base_of, commits_of, parse_flags, workers
+from common import Flags, base_of, parse_flags, workers
 from equal_compute import loss_text
 from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import Losses, loss_beside
@@ -32,6 +32,7 @@ from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.plan import plan_groups
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.runs.run import local_cpus
+from tdc_ray.storage.provenance import commit
 
 PLATEAU = 0.01
 """Fall of the loss over a doubling of steps below which a base is at its plateau."""
@@ -105,7 +106,7 @@ def write(flags: PlateauFlags, folder: Path, found: Mapping[int, Mapping[int, Lo
         str(seed): {str(steps): asdict(each) for steps, each in losses.items()}
         for seed, losses in found.items()
     }
-    write_record(folder, "plateau", flags, commits_of(folder), {"losses": record})
+    write_record(folder, "plateau", flags, {commit()}, {"losses": record})
 
 
 if __name__ == "__main__":
