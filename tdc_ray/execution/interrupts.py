@@ -4,6 +4,7 @@ Python raises an exception where a signal meets it, which is lost where a librar
 calls back into Python from C. So it is raised again each second until it is on its way up.
 """
 
+import atexit
 import ctypes
 import os
 import signal
@@ -56,6 +57,8 @@ def handle_interrupts(say: Callable[[int], None]) -> None:
     _state.say, _state.received = say, None
     _state.handled = tuple(n for n in SIGNALS if signal.getsignal(n) is not signal.SIG_IGN)
     signal.signal(signal.SIGALRM, _raise_unless_unwinding)
+    # As it ends, Python gives SIGALRM its default back, by which the process would be killed.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0.0)
     for number in _state.handled:
         signal.signal(number, _receive)
 

@@ -113,18 +113,26 @@ def connected(
 
 def _start_local_ray(**options: Any) -> None:
     """Start a local Ray: once more if its parts took too long, as they do on a busy machine."""
-    driver = os.getpid()
-    others = child_processes(driver)
     try:
-        ray.init(address="local", **options)
+        _init_local_ray(**options)
     except Exception as error:
         if isinstance(error, ValueError | TypeError) or received_signal() is not None:
             raise  # an argument is wrong, or nobody waits any more
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("Ray did not start and is started once more: %s", reason)
-        ray.shutdown()
-        kill_trees(child_processes(driver) - others)  # a node half started, unknown to shutdown
+        _init_local_ray(**options)
+
+
+def _init_local_ray(**options: Any) -> None:
+    """Start a local Ray, or end what was half started: ``ray.shutdown`` knows nothing of that."""
+    driver = os.getpid()
+    others = child_processes(driver)
+    try:
         ray.init(address="local", **options)
+    except Exception:
+        ray.shutdown()
+        kill_trees(child_processes(driver) - others)
+        raise
 
 
 def _check_joined(address: str | None) -> None:
