@@ -286,10 +286,9 @@ def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
         pairs = list(zip(calls, message.tool_calls or (), strict=True))
     except (openai.OpenAIError, ValueError):
         return ()
-    parsed: list[tuple[Any, str | None]] = [
-        (one.function.parsed_arguments, call.id) for call, one in pairs
-    ]
-    parsed = parsed or [(message.parsed, None)]
+    if message.parsed is not None and not pairs:
+        return (Request(message.parsed),)
+    parsed = [(one.function.parsed_arguments, call.id) for call, one in pairs]
     return tuple(Request(change, call) for change, call in parsed if change is not None)
 
 
