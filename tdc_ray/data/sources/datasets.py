@@ -6,6 +6,7 @@ It runs no code that comes with a data set and unpickles nothing.
 
 import hashlib
 import json
+import os
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,7 +30,10 @@ if TYPE_CHECKING:
     from pyarrow import ChunkedArray  # imported where they are needed
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
-"""Files by which a folder of ``save_to_disk`` is known: of one data set, and of its splits."""
+"""Files that ``save_to_disk`` writes: of one data set, and of its splits."""
+
+INFO = "dataset_info.json"
+"""Beside ``state.json``, which other tools write, too."""
 
 HUB_SECONDS = 10
 """How long the hub has to answer whether there is a data set."""
@@ -65,7 +69,8 @@ def list_images(config: DataConfig) -> "ArrowImages":
 
 def is_saved(folder: Path) -> bool:
     """Whether ``save_to_disk`` wrote a folder."""
-    return any((folder / name).is_file() for name in (STATE, SPLITS))
+    is_one = all((folder / name).is_file() for name in (STATE, INFO))
+    return is_one or (folder / SPLITS).is_file()
 
 
 class ArrowImages(EncodedImages):
@@ -94,6 +99,8 @@ class ArrowImages(EncodedImages):
             caption = caption_column(rows.features.arrow_schema, path)
         wanted = [name for name in (image, label, caption) if name is not None]
         self._fingerprint, self._image, self._roots = rows._fingerprint, image, roots
+        self._files = [Path(file["filename"]) for file in rows.cache_files]
+        rows = rows.with_format(None)  # a saved data set keeps its own, such as pandas
         table = rows.data
         try:
             for name in wanted:  # what offsets lead out of a file would read any memory
@@ -144,9 +151,15 @@ class ArrowImages(EncodedImages):
         return f"{self.config.path}: row {self._numbers[index]}"
 
     def fingerprint(self) -> str:
-        """Hash the fingerprint that ``datasets`` keeps, the labels, and the shape asked for."""
+        """Hash the fingerprint of ``datasets``, the files, the labels, and the shape asked for.
+
+        That fingerprint alone follows from the code that made the rows, not from what it read.
+        """
         size = f"{self.config.image_size} {self.config.num_channels} {len(self)}"
         digest = hashlib.sha256(f"{size} {self._fingerprint}".encode())
+        for file in self._files:
+            stat = file.stat()
+            digest.update(os.fsencode(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n"))
         digest.update(self.labels.numpy().data)
         if self.captions is not None:
             for index in range(len(self)):
