@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -174,15 +175,26 @@ def test_a_data_set_without_images_is_refused_with_its_columns(tmp_path):
 
 def test_owner_and_name_are_a_data_set_on_the_hub_unless_they_lie_here(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert hub_dataset("ylecun/mnist") == ("ylecun/mnist", None)
-    assert hub_dataset("huggan/flowers:full") == ("huggan/flowers", "full")
+    assert hub_dataset("ylecun/mnist") == ("ylecun/mnist", None, None)
+    assert hub_dataset("huggan/flowers:full") == ("huggan/flowers", None, "full")
+    assert hub_dataset("a/b@refs/pr/1:full") == ("a/b", "refs/pr/1", "full")
     (tmp_path / "data").mkdir()
-    for path in ("data/mnits", "mnist", "./a/b", "/a/b", "a/b/c", "s3://a/b", "~/a"):
+    for path in (
+        "data/mnits",
+        "data/mnits@main",
+        "mnist",
+        "./a/b",
+        "/a/b",
+        "a/b/c",
+        "s3://a/b",
+        "~/a",
+    ):
         assert hub_dataset(path) is None, path
     config = data_config("ylecun/mnist", DataConfig())
     assert config == config_of("ylecun/mnist")
     run = with_absolute_paths(with_data(preset("digits"), config))
     assert (run.data.path, run.data.name) == ("ylecun/mnist", "mnist")
+    assert config_of("a/b@refs/pr/1:full").name == "b_full"
 
 
 @pytest.fixture
@@ -204,6 +216,42 @@ def test_without_a_network_a_name_on_the_hub_is_one_clear_error_at_once(
     said = capsys.readouterr().err
     assert said.startswith("error: data.path ylecun/mnist is neither a path here nor a data set ")
     assert "by its save_to_disk, and name that folder." in said
+
+
+@pytest.mark.parametrize("revision", [None, "a" * 40, "v1"])
+def test_a_commit_of_the_hub_is_taken_and_one_that_was_not_named_is_logged(
+    no_hub, monkeypatch, tmp_path, caplog, revision
+):
+    folder = tmp_path / f"datasets/a___b/{'a' * 40}"
+    animals(2).save_to_disk(folder)
+    asked = []
+
+    def dataset_info(self, name, *, revision, timeout):
+        asked.append(revision)
+        return SimpleNamespace(sha="a" * 40)
+
+    def load(name, config_name, *, revision, keep_in_memory):
+        asked.append(revision)
+        return datasets.DatasetDict(train=datasets.load_from_disk(str(folder)))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.dataset_info", dataset_info)
+    monkeypatch.setattr("datasets.load_dataset", load)
+    path = "a/b" if revision is None else f"a/b@{revision}"
+    with caplog.at_level("INFO"):
+        assert len(load_dataset(config_of(path))) == 2
+    assert asked == [revision, "a" * 40]
+    said = f"data set a/b of the Hugging Face hub at commit {'a' * 40}; a/b@{'a' * 40} names"
+    assert (said in caplog.text) == (revision is None)
+
+
+def test_another_commit_in_the_cache_than_the_one_named_is_refused(no_hub, monkeypatch, tmp_path):
+    folder = tmp_path / f"datasets/a___b/{'a' * 40}"
+    animals(2).save_to_disk(folder)
+    cached = datasets.DatasetDict(train=datasets.load_from_disk(str(folder)))
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: cached)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *_, **__: "README.md")
+    with pytest.raises(DataError, match="is not cached, but commit aaa"):
+        load_dataset(config_of(f"a/b@{'b' * 40}"))
 
 
 def test_without_the_library_the_extra_is_named(monkeypatch, tmp_path, capsys):
