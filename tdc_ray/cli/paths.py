@@ -141,7 +141,7 @@ def check_named_data(flag: str, source: str | None) -> bool:
     if hub_dataset(source) is None:
         refuse(
             f"{flag} {source} does not exist, and is none of {', '.join(known)}, nor a data set "
-            "on the Hugging Face hub (OWNER/NAME or OWNER/NAME:CONFIG)."
+            "on the Hugging Face hub (OWNER/NAME, OWNER/NAME@REVISION or OWNER/NAME:CONFIG)."
         )
         return False
     if find_spec("datasets") is None:
@@ -168,7 +168,7 @@ def check_data(data: DataConfig) -> None:
         )
     _check_named("data.prompts", data.prompts, "a text file of prompts")
     _check_named("data.text_encoder", data.text_encoder, "the folder of a diffusers pipeline")
-    named = "the folder of a diffusers VQModel or AutoencoderKL"
+    named = "the folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC"
     _check_named("data.first_stage", data.first_stage, named)
     check_folder("--data.cache-dir", data.cache_dir)
 

@@ -2,7 +2,7 @@
 
 import re
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from tdc_ray.config.image_size import ImageSize, size_text
 from tdc_ray.config.model import HUB_NAME
@@ -30,16 +30,30 @@ OF_BASE = ("num_images", "prompts")
 BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
 """Sources that come with scikit-learn and need no path: channels, height, width of an image."""
 
-_HUB_DATASET = re.compile(rf"({HUB_NAME.pattern})(?::(\w[\w.-]*))?")
+_HUB_DATASET = re.compile(rf"({HUB_NAME.pattern})(?:@(\w[\w./-]*))?(?::(\w[\w.-]*))?")
 
 
-def hub_dataset(name: str) -> tuple[str, str | None] | None:
-    """Return OWNER/NAME and CONFIG of ``OWNER/NAME:CONFIG``; None where a path is meant.
+class HubDataset(NamedTuple):
+    """A data set on the Hugging Face hub."""
+
+    name: str
+    """OWNER/NAME."""
+
+    revision: str | None
+    """Commit, tag or branch; None means the newest."""
+
+    config_name: str | None
+
+
+def hub_dataset(name: str) -> HubDataset | None:
+    """Return the parts of ``OWNER/NAME@REVISION:CONFIG``; None where a path is meant.
 
     What lies, or would lie, in a folder that is here is a path.
     """
     match = _HUB_DATASET.fullmatch(name)
-    return None if match is None or Path(name).parent.exists() else (match[1], match[2])
+    if match is None or Path(match[1]).parent.exists():
+        return None
+    return HubDataset(match[1], match[2], match[3])
 
 
 @settings("data")
@@ -58,8 +72,9 @@ class DataConfig:
     from the base."""
 
     path: str | None = None
-    """Where the images are, of source datasets also OWNER/NAME or OWNER/NAME:CONFIG on the Hugging
-    Face hub; every source but digits, photos and base needs it."""
+    """Where the images are, of source datasets also OWNER/NAME, OWNER/NAME@REVISION or
+    OWNER/NAME:CONFIG on the Hugging Face hub; every source but digits, photos and base needs
+    it."""
 
     num_images: PositiveInt | None = None
     """How many images are drawn from the base (source base). None means as many as the search and
@@ -164,5 +179,6 @@ class DataConfig:
             return "base_samples"
         if self.path is None or self.source == "cifar10":
             return self.source
-        stem = Path(self.path).resolve().stem
+        path = re.sub("@[^:]*", "", self.path) if self.is_on_hub else self.path
+        stem = Path(path).resolve().stem
         return "".join(c if c.isalnum() else "_" for c in stem)

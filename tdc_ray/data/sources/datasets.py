@@ -4,8 +4,12 @@ That library (the extra ``datasets``) finds, fetches and memory-maps them; image
 It runs no code that comes with a data set and unpickles nothing.
 """
 
+import functools
 import hashlib
 import json
+import logging
+import os
+import re
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tdc_ray.config.data import DataConfig, hub_dataset
+from tdc_ray.config.data import DataConfig, HubDataset, hub_dataset
 from tdc_ray.data.sources.encoded import EncodedImages, Names, class_labels
 from tdc_ray.data.sources.image_file import Encoded, Member
 from tdc_ray.data.sources.imagefolder import OTHER_SPLIT, caption_of
@@ -29,10 +33,17 @@ if TYPE_CHECKING:
     from pyarrow import ChunkedArray  # imported where they are needed
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
-"""Files by which a folder of ``save_to_disk`` is known: of one data set, and of its splits."""
+"""Files that ``save_to_disk`` writes: of one data set, and of its splits."""
+
+INFO = "dataset_info.json"
+"""Beside ``state.json``, which other tools write, too."""
 
 HUB_SECONDS = 10
 """How long the hub has to answer whether there is a data set."""
+
+COMMIT = re.compile("[0-9a-f]{40}")
+
+logger = logging.getLogger(__name__)
 
 
 def open(config: DataConfig) -> "ArrowImages":
@@ -65,7 +76,8 @@ def list_images(config: DataConfig) -> "ArrowImages":
 
 def is_saved(folder: Path) -> bool:
     """Whether ``save_to_disk`` wrote a folder."""
-    return any((folder / name).is_file() for name in (STATE, SPLITS))
+    is_one = all((folder / name).is_file() for name in (STATE, INFO))
+    return is_one or (folder / SPLITS).is_file()
 
 
 class ArrowImages(EncodedImages):
@@ -94,6 +106,9 @@ class ArrowImages(EncodedImages):
             caption = caption_column(rows.features.arrow_schema, path)
         wanted = [name for name in (image, label, caption) if name is not None]
         self._fingerprint, self._image, self._roots = rows._fingerprint, image, roots
+        # Of what is not saved but cached it follows from the commit, or the files' times.
+        self._files = [] if roots else [Path(file["filename"]) for file in rows.cache_files]
+        rows = rows.with_format(None)  # a saved data set keeps its own, such as pandas
         table = rows.data
         try:
             for name in wanted:  # what offsets lead out of a file would read any memory
@@ -144,9 +159,15 @@ class ArrowImages(EncodedImages):
         return f"{self.config.path}: row {self._numbers[index]}"
 
     def fingerprint(self) -> str:
-        """Hash the fingerprint that ``datasets`` keeps, the labels, and the shape asked for."""
+        """Hash the fingerprint of ``datasets``, the files, the labels, and the shape asked for.
+
+        That fingerprint alone follows from the code that made the rows, not from what it read.
+        """
         size = f"{self.config.image_size} {self.config.num_channels} {len(self)}"
         digest = hashlib.sha256(f"{size} {self._fingerprint}".encode())
+        for file in self._files:
+            stat = file.stat()
+            digest.update(os.fsencode(f"{file.name} {stat.st_size} {stat.st_mtime_ns}\n"))
         digest.update(self.labels.numpy().data)
         if self.captions is not None:
             for index in range(len(self)):
@@ -176,7 +197,7 @@ def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
     folder, hub = Path(path).expanduser(), hub_dataset(path)
     try:
         if hub is not None:
-            return _from_hub(*hub, left_out)
+            return _from_hub(hub, left_out)
         if is_saved(folder):
             return _saved(folder.resolve(), left_out), []
         import datasets
@@ -191,25 +212,47 @@ def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
             raise DataError(f"data.path {path} cannot be read by datasets: {words}.") from error
         raise DataError(
             f"data.path {path} is neither a path here nor a data set that the Hugging Face hub "
-            f"gives now: {words}. Mend the name (OWNER/NAME or OWNER/NAME:CONFIG), or save the "
-            "data set where there is a network, by its save_to_disk, and name that folder."
+            f"gives now: {words}. Mend the name (OWNER/NAME, OWNER/NAME@REVISION or "
+            "OWNER/NAME:CONFIG), or save the data set where there is a network, by its "
+            "save_to_disk, and name that folder."
         ) from error
 
 
-def _from_hub(
-    name: str, config_name: str | None, left_out: Counter[str]
-) -> tuple["Dataset", list[Path]]:
-    """Fetch a data set, or find it in the cache."""
+def _from_hub(hub: HubDataset, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
+    """Fetch a data set, or find it in the cache.
+
+    Raises:
+        DataError: The cache has another commit alone, or none of several splits is to train on.
+    """
     import datasets
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    if try_to_load_from_cache(name, "README.md", repo_type="dataset") is None:
-        # Once: load_dataset asks for half a minute, where there is no network.
-        HfApi(endpoint=datasets.config.HF_ENDPOINT).dataset_info(name, timeout=HUB_SECONDS)
-    loaded = datasets.load_dataset(name, config_name, keep_in_memory=False)
+    name, commit = hub.name, hub.revision
+    try:  # Once: load_dataset asks for half a minute, where there is no network.
+        api = HfApi(endpoint=datasets.config.HF_ENDPOINT)
+        commit = api.dataset_info(name, revision=commit, timeout=HUB_SECONDS).sha
+    except Exception:
+        known = try_to_load_from_cache(name, "README.md", revision=commit, repo_type="dataset")
+        if known is None:
+            raise
+    loaded = datasets.load_dataset(name, hub.config_name, revision=commit, keep_in_memory=False)
+    rows = loaded[_train_split(list(loaded), name, left_out)]
+    # Without a network it takes whatever commit is cached, in a folder of that name.
+    kept = Path(rows.cache_files[0]["filename"]).parent.name
+    if COMMIT.fullmatch(kept) and COMMIT.fullmatch(commit or "") and kept != commit:
+        raise DataError(f"data.path {name}@{commit} is not cached, but commit {kept}: name that.")
+    if hub.revision is None and logger.isEnabledFor(logging.INFO):
+        _log_commit(name, kept if commit is None else commit)
     caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-    roots = [Path(cache).expanduser().resolve() for cache in caches]
-    return loaded[_train_split(list(loaded), name, left_out)], roots
+    return rows, [Path(cache).expanduser().resolve() for cache in caches]
+
+
+@functools.cache  # it is opened several times
+def _log_commit(name: str, commit: str) -> None:
+    logger.info(
+        "data set %s of the Hugging Face hub at commit %s; %s@%s names it for good",
+        *(name, commit) * 2,
+    )
 
 
 def _saved(folder: Path, left_out: Counter[str]) -> "Dataset":
