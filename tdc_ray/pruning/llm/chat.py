@@ -226,7 +226,7 @@ def send(
             kind, body = response.headers.get("Content-Type", ""), str(response.text)
             is_stream = kind.startswith("text/event-stream")  # not all servers can stream
             answer = _read(body, is_stream=is_stream)
-            is_plain = is_stream or answer.problem is not None or redact(body) != body
+            is_plain = is_stream or answer.problem is not None
             return answer if is_plain else replace(answer, asked=_parsed(response, answer.calls))
 
     answer, problem = Answer(status=0), ""
@@ -276,7 +276,10 @@ class _Attempts:
 
 
 def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
-    """Return what the client parses of an answer; nothing if any of it is not as it has to be."""
+    """Return what the client parses of an answer.
+
+    Nothing if any of it is not as it has to be, or could hold the key: that is read once redacted.
+    """
     import openai
     from openai.types.chat import ChatCompletion
 
@@ -285,6 +288,9 @@ def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
         message = response.parse().choices[0].message
         pairs = list(zip(calls, message.tool_calls or (), strict=True))
     except (openai.OpenAIError, ValueError):
+        return ()
+    texts = [message.content or "", *(one.function.arguments for _, one in pairs)]
+    if any(redact(text) != text for text in texts):
         return ()
     parsed: list[tuple[Any, str | None]] = [
         (one.function.parsed_arguments, call.id) for call, one in pairs
@@ -340,8 +346,8 @@ def _calls(parts: Sequence[_Reply]) -> tuple[ToolCall, ...]:
             call.function.arguments += part.function.arguments
     return tuple(
         ToolCall(
-            id=call.id or f"call_{number}",
-            name=call.function.name,
+            id=redact(call.id or f"call_{number}"),
+            name=redact(call.function.name),
             arguments=redact(call.function.arguments),
         )
         for number, call in enumerate(calls)
@@ -357,8 +363,10 @@ def _without_address(text: str, url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace the key, and whatever looks like one, in a text."""
+    """Replace the key, also where JSON escapes its characters, and whatever looks like one."""
     key = os.environ.get(KEY, "")
     if len(key) >= MIN_KEY_LENGTH:
-        text = text.replace(key, "[key]")
+        # As many backslashes as JSON within JSON has; without a bound, they could take all time.
+        one_of_each = (rf"\\{{0,3}}(?:{re.escape(one)}|u(?i:{ord(one):04x}))" for one in key)
+        text = re.sub("".join(one_of_each), "[key]", text)
     return re.sub(r"\bsk-[\w*-]{3,}", "[key]", text)
