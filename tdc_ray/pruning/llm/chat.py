@@ -51,6 +51,8 @@ MAX_PROBLEM_CHARS = 500
 STREAMED = ("stream", "stream_options")
 """Fields of a request that ask for a stream."""
 
+NO_COMPLETION = "the server's answer is no chat completion."
+
 NO_KEY = "none"
 """Stands for the key of a server that needs none."""
 
@@ -101,6 +103,7 @@ class _Reply(BaseModel):
     )
     usage: Annotated[_Tokens | Any, Field(union_mode="left_to_right")] = None
     """A reply is good whatever its server counts."""
+    choices: Any = None
     error: Any = None
 
 
@@ -309,7 +312,7 @@ def _read(body: str, *, is_stream: bool) -> Answer:
     try:
         parts = [_Reply.model_validate_json(text) for text in texts]
     except ValidationError:
-        return Answer(problem="the server's answer is no chat completion.")
+        return Answer(problem=NO_COMPLETION)
     text = "".join(part.message.content for part in parts)
     refusal = "".join(part.message.refusal for part in parts)
     reason = next((part.finish_reason for part in reversed(parts) if part.finish_reason), None)
@@ -322,6 +325,8 @@ def _read(body: str, *, is_stream: bool) -> Answer:
         problem = "it was cut off at the most tokens that a reply may have."
     elif errors or (is_stream and reason is None):
         problem = redact(f"the server broke it off{''.join(errors)}")[:MAX_PROBLEM_CHARS]
+    elif not is_stream and parts[0].choices is None:
+        problem = NO_COMPLETION
     elif reason == "content_filter":
         problem = "it was withheld by a content filter."
     elif not text.strip() and not calls:

@@ -250,6 +250,7 @@ GIVES_UP = {
     "prose": (says("No."), r"test-model, reply 2: it calls no tool, and holds no JSON", 2),
     "refusals": (says(None, refusal="No."), "reply 2: it is a refusal", 2),
     "half a JSON": (fails(200, "{"), "reply 2: the server's answer is no chat completion", 2),
+    "other JSON": (fails(200, '{"detail": "x"}'), "the server's answer is no chat completion", 2),
     "errors of the server": (fails(503), "reply 1: the server answered HTTP 503", 2),
     "too many requests": (fails(429, Retry_After="0.05"), "HTTP 429", 2),
     "a wrong key": (echoes_key(401), r"refused the key \(HTTP 401\): check OPENAI_API_KEY", 1),
