@@ -8,7 +8,7 @@ import pytest
 from tdc_ray.pruning.changes import Bound
 from tdc_ray.pruning.llm.answer import Answer, Measure, Predict, Turn
 from tdc_ray.pruning.llm.chat import send
-from tdc_ray.pruning.llm.reply import Form, read_reply
+from tdc_ray.pruning.llm.reply import Form, num_format_bytes, read_reply
 from tests.pruning.llm.openai_server import Step, calling, says, serving
 
 CHANGE = {"reasoning": "r", "hypothesis": "h", "distrust": [], "moves": [], "shares": []}
@@ -94,6 +94,8 @@ def test_schemas_begin_with_the_reasoning_and_are_strict(form):
     tools = [tool["function"] for tool in got.get("tools", ())]
     wanted = got.get("response_format", {}).get("json_schema", {})
     assert [tool["name"] for tool in tools] == ["predict", "measure"] * (form == "tools")
+    added = {name: got[name] for name in ("tools", "response_format") if name in got}
+    assert 0 <= num_format_bytes(form) - len(json.dumps(added)) * bool(added) < 200
     schemas = [tool["parameters"] for tool in tools]
     if form == "schema":
         assert wanted["strict"] is True
