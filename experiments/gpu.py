@@ -5,8 +5,9 @@
     python experiments/gpu.py --smoke
 
 It begins nothing new after `--seconds` (480), and every measurement is a line of `--out` as soon
-as it is there: the same command goes on with those that are missing or failed. What comes first is
-worth most: the sections in this order, in each bf16 before TF32 and fp32, large batches first.
+as it is there: the same command goes on with those that are missing, then with those that failed.
+What comes first is worth most: the sections in this order, in each bf16 before TF32 and fp32,
+large batches first.
 
 - `works`: the tests marked gpu, a run of `digits-smoke` whose two actors share the GPU, and
   `tdc-ray doctor`.
@@ -196,8 +197,9 @@ def networks(flags: GpuFlags) -> dict[str, Timed]:
 # --- sections ------------------------------------------------------------------------------------
 
 
-def works(_flags: GpuFlags) -> Measurements:
+def works(flags: GpuFlags) -> Measurements:
     """Run the tests marked gpu, the doctor, and a run whose two actors share the GPU."""
+    ends = time.monotonic() + flags.seconds
 
     def command(*arguments: str) -> dict[str, Any]:
         began = time.perf_counter()
@@ -208,7 +210,7 @@ def works(_flags: GpuFlags) -> Measurements:
                 capture_output=True,
                 text=True,
                 check=False,
-                timeout=MOST_OF_A_COMMAND_S,
+                timeout=min(MOST_OF_A_COMMAND_S, ends - time.monotonic()),
             )
         seconds, text = time.perf_counter() - began, done.stdout + done.stderr
         return {"code": done.returncode, "seconds": seconds, "output": text[-2000:]}
@@ -481,23 +483,27 @@ def main(flags: GpuFlags) -> None:
     began = time.monotonic()
     rows = read_json_lines(flags.out)
     failed = ("error", "code")
-    done = {(row["section"], row["name"]) for row in rows if not any(map(row.get, failed))}
+    tried = {(row["section"], row["name"]): any(map(row.get, failed)) for row in rows}
+    wanted = [
+        (section, name, measure)
+        for section in sections
+        for name, measure in SECTIONS[section](flags)
+        if tried.get((section, name)) is not False
+    ]
+    wanted.sort(key=lambda one: one[:2] in tried)  # what failed comes last
     about = {"device": str(DEVICE), "commit": commit(), "versions": versions()}
     if DEVICE.type == "cuda":
         about["device"] = torch.cuda.get_device_name()
-    for section in sections:
-        for name, measure in SECTIONS[section](flags):
-            if (section, name) in done:
-                continue
-            if time.monotonic() - began > flags.seconds:
-                sys.exit(f"{flags.seconds:g} s are over; the same command resumes")
-            try:
-                found = measure()
-            except Exception as error:  # noqa: BLE001  the other measurements count, too
-                found = {"error": f"{type(error).__name__}: {error}"}
-            free_memory()
-            append_json_line(flags.out, {"section": section, "name": name, **found, **about})
-            print(f"{section}: {name}: {found}", flush=True)
+    for section, name, measure in wanted:
+        if time.monotonic() - began > flags.seconds:
+            sys.exit(f"{flags.seconds:g} s are over; the same command resumes")
+        try:
+            found = measure()
+        except Exception as error:  # noqa: BLE001  the other measurements count, too
+            found = {"error": f"{type(error).__name__}: {error}"}
+        free_memory()
+        append_json_line(flags.out, {"section": section, "name": name, **found, **about})
+        print(f"{section}: {name}: {found}", flush=True)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ from tdc_ray.execution.chain import Chain, run_chain
 from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.changes import Bound, Change, Distrust, Move, Planner
 from tdc_ray.pruning.criteria.scores import select_top
+from tdc_ray.pruning.fingerprint import IMAGES_VERSION
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import Measured, load_base, measure, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
@@ -211,9 +212,11 @@ def knowledge_of(
     purpose: Purpose,
     num_images: int,
     value: Callable[[Measured], float],
-    path: Path,
+    folder: Path,
+    setting: str,
 ) -> Knowledge:
     """Return what measures sub-models for a purpose, each once, and keeps that in a file."""
+    path = folder / f"known-{setting}-{purpose}-{num_images}-images-v{IMAGES_VERSION}.jsonl"
     prune = replace(search.context.prune, num_images=num_images)
     base = load_base(replace(search.context, prune=prune), search.group)
     found: dict[str, float] = dict(read_json_lines(path))
@@ -280,12 +283,11 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
     search = searched("offline", offline_proxy)
     searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
     few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
-    on_held_out, on_judge = (
-        place / f"known-{setting}-{name}.jsonl" for name in ("held-out", "judge")
-    )
     oracles: dict[PartnerName, Knowledge] = {
-        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank, on_held_out),
-        "oracle of the judge": knowledge_of(search, "judge", few, lambda one: one.loss, on_judge),
+        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank, place, setting),
+        "oracle of the judge": knowledge_of(
+            search, "judge", few, lambda one: one.loss, place, setting
+        ),
     }
     for name in flags.partners:
         known = oracles.get(name)

@@ -51,6 +51,8 @@ MAX_PROBLEM_CHARS = 500
 STREAMED = ("stream", "stream_options")
 """Fields of a request that ask for a stream."""
 
+NO_COMPLETION = "the server's answer is no chat completion."
+
 NO_KEY = "none"
 """Stands for the key of a server that needs none."""
 
@@ -101,6 +103,7 @@ class _Reply(BaseModel):
     )
     usage: Annotated[_Tokens | Any, Field(union_mode="left_to_right")] = None
     """A reply is good whatever its server counts."""
+    choices: Any = None
     error: Any = None
 
 
@@ -226,7 +229,7 @@ def send(
             kind, body = response.headers.get("Content-Type", ""), str(response.text)
             is_stream = kind.startswith("text/event-stream")  # not all servers can stream
             answer = _read(body, is_stream=is_stream)
-            is_plain = is_stream or answer.problem is not None or redact(body) != body
+            is_plain = is_stream or answer.problem is not None
             return answer if is_plain else replace(answer, asked=_parsed(response, answer.calls))
 
     answer, problem = Answer(status=0), ""
@@ -276,7 +279,10 @@ class _Attempts:
 
 
 def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
-    """Return what the client parses of an answer; nothing if any of it is not as it has to be."""
+    """Return what the client parses of an answer.
+
+    Nothing if any of it is not as it has to be, or could hold the key: that is read once redacted.
+    """
     import openai
     from openai.types.chat import ChatCompletion
 
@@ -285,6 +291,9 @@ def _parsed(response: Any, calls: Sequence[ToolCall]) -> tuple[Request, ...]:
         message = response.parse().choices[0].message
         pairs = list(zip(calls, message.tool_calls or (), strict=True))
     except (openai.OpenAIError, ValueError):
+        return ()
+    texts = [message.content or "", *(one.function.arguments for _, one in pairs)]
+    if any(redact(text) != text for text in texts):
         return ()
     if message.parsed is not None and not pairs:
         return (Request(message.parsed),)
@@ -302,7 +311,7 @@ def _read(body: str, *, is_stream: bool) -> Answer:
     try:
         parts = [_Reply.model_validate_json(text) for text in texts]
     except ValidationError:
-        return Answer(problem="the server's answer is no chat completion.")
+        return Answer(problem=NO_COMPLETION)
     text = "".join(part.message.content for part in parts)
     refusal = "".join(part.message.refusal for part in parts)
     reason = next((part.finish_reason for part in reversed(parts) if part.finish_reason), None)
@@ -315,6 +324,8 @@ def _read(body: str, *, is_stream: bool) -> Answer:
         problem = "it was cut off at the most tokens that a reply may have."
     elif errors or (is_stream and reason is None):
         problem = redact(f"the server broke it off{''.join(errors)}")[:MAX_PROBLEM_CHARS]
+    elif not is_stream and parts[0].choices is None:
+        problem = NO_COMPLETION
     elif reason == "content_filter":
         problem = "it was withheld by a content filter."
     elif not text.strip() and not calls:
@@ -339,8 +350,8 @@ def _calls(parts: Sequence[_Reply]) -> tuple[ToolCall, ...]:
             call.function.arguments += part.function.arguments
     return tuple(
         ToolCall(
-            id=call.id or f"call_{number}",
-            name=call.function.name,
+            id=redact(call.id or f"call_{number}"),
+            name=redact(call.function.name),
             arguments=redact(call.function.arguments),
         )
         for number, call in enumerate(calls)
@@ -356,8 +367,10 @@ def _without_address(text: str, url: str) -> str:
 
 
 def redact(text: str) -> str:
-    """Replace the key, and whatever looks like one, in a text."""
+    """Replace the key, also where JSON escapes its characters, and whatever looks like one."""
     key = os.environ.get(KEY, "")
     if len(key) >= MIN_KEY_LENGTH:
-        text = text.replace(key, "[key]")
+        # As many backslashes as JSON within JSON has; without a bound, they could take all time.
+        one_of_each = (rf"\\{{0,3}}(?:{re.escape(one)}|u(?i:{ord(one):04x}))" for one in key)
+        text = re.sub("".join(one_of_each), "[key]", text)
     return re.sub(r"\bsk-[\w*-]{3,}", "[key]", text)

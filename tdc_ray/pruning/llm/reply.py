@@ -1,10 +1,11 @@
 """The forms of a language model's answer, and its reading. A reply is data, never code."""
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any, Literal
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from tdc_ray.errors import ProxyReplyError
 from tdc_ray.pruning.llm.answer import Answer, Measure, Predict, Request, Turn
@@ -14,6 +15,9 @@ Form = Literal["tools", "schema", "json"]
 
 MAX_CHARS = 200_000
 """Longest reply that is read."""
+
+FORMAT_BYTES = 50
+"""Bytes of a request around each schema of a tool or of an answer, at most."""
 
 TOOLS: Mapping[str, type[Predict | Measure]] = {"predict": Predict, "measure": Measure}
 
@@ -27,6 +31,17 @@ def format_fields(form: Form) -> dict[str, Any]:
         tools = [pydantic_function_tool(model, name=name) for name, model in TOOLS.items()]
         return {"tools": tools}
     return {"response_format": Turn} if form == "schema" else {}
+
+
+@cache
+def num_format_bytes(form: Form) -> int:
+    """Return the most bytes that the client adds to a request for the form of an answer."""
+    from openai import pydantic_function_tool
+
+    models: Mapping[Form, Collection[type[BaseModel]]]
+    models = {"tools": TOOLS.values(), "schema": [Turn], "json": []}
+    tools = map(pydantic_function_tool, models[form])
+    return sum(len(json.dumps(tool)) + FORMAT_BYTES for tool in tools)
 
 
 def read_reply(answer: Answer) -> list[Request]:

@@ -37,7 +37,7 @@ from tdc_ray.pruning.llm.prompt import (
     result_message,
     retry_messages,
 )
-from tdc_ray.pruning.llm.reply import Form, format_fields, read_reply
+from tdc_ray.pruning.llm.reply import Form, num_format_bytes, read_reply
 from tdc_ray.pruning.llm.transcripts import (
     VERSION,
     LLMExchange,
@@ -250,7 +250,10 @@ class LanguageModel:
             if problem is not None:
                 is_unknown = answer.status in UNKNOWN_FORMAT and form != forms[-1]
                 if is_unknown and config.reply_format == "auto" and not answered:
-                    form = forms[forms.index(form) + 1]
+                    refused, form = form, forms[forms.index(form) + 1]
+                    if is_live:
+                        how = "%s takes no %s: asked for %s from now on"
+                        logger.warning(how, config.model, refused, form)
                     continue
                 num_bad += 1
                 if answer.status != 200 or num_bad == config.max_replies:
@@ -384,8 +387,8 @@ class LanguageModel:
         config = self._job.config
         once = TokenUsage(
             calls=1,
-            # No token stands for less than a byte, and no form takes more than tools.
-            prompt_tokens=len(json.dumps(body | format_fields("tools"))),
+            # No token stands for less than a byte.
+            prompt_tokens=len(json.dumps(body)) + num_format_bytes(form),
             completion_tokens=config.max_completion_tokens,
         )
         used = bound = sum([once] * config.max_retries, start=once)

@@ -8,7 +8,7 @@ import pytest
 from tdc_ray.pruning.changes import Bound
 from tdc_ray.pruning.llm.answer import Answer, Measure, Predict, Turn
 from tdc_ray.pruning.llm.chat import send
-from tdc_ray.pruning.llm.reply import Form, read_reply
+from tdc_ray.pruning.llm.reply import Form, num_format_bytes, read_reply
 from tests.pruning.llm.openai_server import Step, calling, says, serving
 
 CHANGE = {"reasoning": "r", "hypothesis": "h", "distrust": [], "moves": [], "shares": []}
@@ -68,13 +68,24 @@ def test_what_the_client_cannot_parse_is_read_all_the_same(form, step, fields):
     assert (asked.change.action, asked.change.hypothesis) == ("predict", "h")
 
 
-def test_no_hypothesis_holds_the_key():
-    def tells(handler: Any) -> None:
-        key = handler.headers["Authorization"]
-        says(json.dumps(CHANGE | {"action": "measure", "hypothesis": key}))(handler)
+@pytest.mark.parametrize("form", ["tools", "schema"])
+@pytest.mark.parametrize(
+    "escape", ["", "\\", "\\\\"], ids=["plain", "escaped", "in the inner JSON"]
+)
+def test_no_hypothesis_holds_the_key(form, escape, monkeypatch):
+    key = "zx-81/secretSECRET-47pq"
+    hidden = key.replace("-", f"{escape}u002D").replace("/", f"{escape}/") if escape else key
+    monkeypatch.setenv("OPENAI_API_KEY", key)
 
-    answer, _ = sent("schema", tells)
+    def tells(handler: Any) -> None:
+        said = CHANGE | {"action": "measure", "hypothesis": handler.headers["Authorization"]}
+        plainly = handler.answer
+        handler.answer = lambda status, body: plainly(status, body.replace(key, hidden))
+        (says(json.dumps(said)) if form == "schema" else calling(("measure", said)))(handler)
+
+    answer, _ = sent(form, tells)
     assert [one.change.hypothesis for one in read_reply(answer)] == ["Bearer [key]"]
+    assert hidden.replace("\\\\", "\\") not in answer.text + str(answer.calls)
 
 
 @pytest.mark.parametrize("form", ["tools", "schema", "json"])
@@ -83,6 +94,8 @@ def test_schemas_begin_with_the_reasoning_and_are_strict(form):
     tools = [tool["function"] for tool in got.get("tools", ())]
     wanted = got.get("response_format", {}).get("json_schema", {})
     assert [tool["name"] for tool in tools] == ["predict", "measure"] * (form == "tools")
+    added = {name: got[name] for name in ("tools", "response_format") if name in got}
+    assert 0 <= num_format_bytes(form) - len(json.dumps(added)) * bool(added) < 200
     schemas = [tool["parameters"] for tool in tools]
     if form == "schema":
         assert wanted["strict"] is True

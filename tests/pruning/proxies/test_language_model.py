@@ -250,6 +250,7 @@ GIVES_UP = {
     "prose": (says("No."), r"test-model, reply 2: it calls no tool, and holds no JSON", 2),
     "refusals": (says(None, refusal="No."), "reply 2: it is a refusal", 2),
     "half a JSON": (fails(200, "{"), "reply 2: the server's answer is no chat completion", 2),
+    "other JSON": (fails(200, '{"detail": "x"}'), "the server's answer is no chat completion", 2),
     "errors of the server": (fails(503), "reply 1: the server answered HTTP 503", 2),
     "too many requests": (fails(429, Retry_After="0.05"), "HTTP 429", 2),
     "a wrong key": (echoes_key(401), r"refused the key \(HTTP 401\): check OPENAI_API_KEY", 1),
@@ -438,7 +439,7 @@ def test_the_transcript_holds_requests_replies_and_what_they_took(tmp_path, monk
     assert all(line["usage"] == {"calls": 1} | took for line in lines)
 
 
-def test_a_form_that_the_server_refuses_is_asked_for_once_a_run(tmp_path, monkeypatch):
+def test_a_form_that_the_server_refuses_is_asked_for_once_a_run(tmp_path, monkeypatch, caplog):
     jobs = [job_in(tmp_path), replace(job_in(tmp_path), request=task(round=2))]
     budget = Budget(jobs[0].config)
     with serving(refuses_format(says(GOOD))) as server:
@@ -453,6 +454,10 @@ def test_a_form_that_the_server_refuses_is_asked_for_once_a_run(tmp_path, monkey
         replay = replace(job, config=replace(job.config, replay=str(tmp_path)))
         replayed = propose_by_llm(replay, lambda *_: None, budget)
         assert (replayed.error, replayed.schemes) == (None, SCHEMES)
+    assert [line for line in caplog.messages if "takes no" in line] == [
+        "test-model takes no tools: asked for schema from now on",
+        "test-model takes no schema: asked for json from now on",
+    ]
 
 
 def test_a_replay_makes_no_call_and_gives_the_same_schemes(tmp_path, monkeypatch):
