@@ -19,8 +19,11 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     """
 
     def scheme_at(share: float) -> dict[str, int]:
-        return {
-            unit.name: space.floor_width(unit.name, max(1, int(share * unit.width)))
+        return {  # a branch that may go has none of a share, however small: it stays
+            unit.name: max(
+                space.floor_width(unit.name, int(share * unit.width)),
+                space.next_wider(unit.name, 0),
+            )
             for unit in space.units
         }
 
