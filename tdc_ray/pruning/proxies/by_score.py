@@ -19,7 +19,7 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     """
 
     def scheme_at(share: float) -> dict[str, int]:
-        return {  # a branch that may go has none of a share, however small: it stays
+        return {  # rounding down removes no branch
             unit.name: max(
                 space.floor_width(unit.name, int(share * unit.width)),
                 space.next_wider(unit.name, 0),

@@ -336,12 +336,13 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
 
 
 def data_parallel(unet: nn.Module, kept: KeptIndices) -> nn.Module:
-    """Let workers share the batches of a sub-model; without some branches, weights may be unread.
+    """Wrap a sub-model for data-parallel training.
 
-    Such as a caption's after the last joint attention that is left: they get no gradient.
+    Where branches were removed, nothing may read some weights, such as those of the caption's
+    stream after the last joint attention that is left: they get no gradient.
     """
-    unread = not all(kept.values())
-    return nn.parallel.DistributedDataParallel(unet, find_unused_parameters=unread)
+    removed = not all(kept.values())
+    return nn.parallel.DistributedDataParallel(unet, find_unused_parameters=removed)
 
 
 def with_margin(timesteps: range, margin: float, num_train_timesteps: int) -> range:
