@@ -31,7 +31,7 @@ def adopt_moments(
     Raises:
         CheckpointError: The checkpoint cannot be read, or is of another base.
     """
-    parameters = list(base.parameters())
+    names, parameters = zip(*base.named_parameters(), strict=True)
     with reading_checkpoint(path):
         saved = torch.load(fetch(path), map_location="cpu", weights_only=True)
         averaged, moments = saved["ema"]["shadow_params"], saved["optimizer"]["state"]
@@ -41,25 +41,28 @@ def adopt_moments(
         if len(moments) != len(parameters):
             raise ValueError(f"it has moments of {len(moments)} of {len(parameters)} parameters.")
         by_parameter = [moments[number] for number in range(len(parameters))]
-        steps = [one["step"] for one in by_parameter]
-        cuts = [_cut_values([one[name] for one in by_parameter], base, cut) for name in MOMENTS]
-    for parameter, step, *values in zip(state.unet.parameters(), steps, *cuts, strict=True):
+        steps = {name: one["step"] for name, one in zip(names, by_parameter, strict=True)}
+        cuts = {
+            moment: _cut_values([one[moment] for one in by_parameter], base, cut)
+            for moment in MOMENTS
+        }
+    for name, parameter in state.unet.named_parameters():  # fewer where branches were removed
         state.optimizer.state[parameter] = {
-            "step": step.to(parameter.device, copy=True),
+            "step": steps[name].to(parameter.device, copy=True),
             # in the parameter's layout, which fused kernels count on
             **{
-                name: torch.empty_like(parameter, requires_grad=False).copy_(value)
-                for name, value in zip(MOMENTS, values, strict=True)
+                moment: torch.empty_like(parameter, requires_grad=False).copy_(values[name])
+                for moment, values in cuts.items()
             },
         }
 
 
 def _cut_values(
     values: Sequence[Tensor], base: Denoiser, cut: Callable[[Denoiser], Denoiser]
-) -> list[Tensor]:
-    """Cut tensors that are shaped like a base's parameters, in their order."""
+) -> dict[str, Tensor]:
+    """Cut tensors that are shaped like a base's parameters, in their order; they go by name."""
     holder = copy.deepcopy(base)
     with torch.no_grad():
         for parameter, value in zip(holder.parameters(), values, strict=True):
             parameter.copy_(value)
-    return [parameter.detach() for parameter in cut(holder).parameters()]
+    return {name: parameter.detach() for name, parameter in cut(holder).named_parameters()}

@@ -244,9 +244,9 @@ class Planner:
         return self.blocks.get(name, [])
 
     def _cost(self, names: Sequence[str], scheme: Scheme) -> int:
-        """Return what units add to a scheme's cost."""
-        costs = self._space.costs
-        return sum(costs.marginal_cost(name, 0, scheme[name], scheme) for name in names)
+        """Return what units add to a scheme's cost, with what they alone have in common."""
+        without = {**scheme, **dict.fromkeys(names, 0)}
+        return self._space.cost(scheme) - self._space.cost(without)
 
     def _tightened(self, space: Space, text: str, bounds: WidthBounds, notes: list[str]) -> Space:
         """Keep units within bounds, unless no scheme near the limit would be left."""

@@ -103,7 +103,7 @@ def exchange(space: Space, increase: JointIncrease, scheme: Scheme, limit: int) 
     that gains most per cost, as long as that fits.
 
     Args:
-        space: Inner units, whose costs add up.
+        space: Without units of a stream, whose costs multiply with those of others.
         increase: Predicts the increase.
         scheme: Within the limit.
         limit: Of macs, or of nanoseconds, as the space has it.

@@ -196,7 +196,9 @@ def fit_to_limit(space: Space, scheme: Scheme, limit: int, values: Values) -> di
         if narrower > least[name]:
             cheapest.push(name)
     best = _Queue(gain, [name for name, width in widths.items() if width < most[name]])
-    while best:  # what does not fit now never will: costs, also of single steps, only grow
+    # What does not fit now never will: costs of single steps only grow, but for what a block's
+    # branches share, which another branch then paid out of the same room.
+    while best:
         name = best.pop()
         wider = space.next_wider(name, widths[name])
         extra = space.costs.marginal_cost(name, widths[name], wider, widths)

@@ -13,17 +13,19 @@ from tdc_ray.config.train import TrainConfig
 from tdc_ray.diffusion.moments import MOMENTS, adopt_moments
 from tdc_ray.diffusion.train import TrainState, start_state, update
 from tdc_ray.errors import CheckpointError
+from tdc_ray.models.denoiser import Denoiser
+from tdc_ray.models.families import family_of
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.units import KeptIndices, Unit, keep_everything
 from tdc_ray.pruning.space import space_of
-from tests.small import TINY, random_kept, random_unet
+from tests.small import TINY, TINY_DIT, random_dit, random_kept, random_unet
 
 NUM_STEPS = 3
 
 
-def trained(seed: int = 0) -> TrainState:
+def trained(seed: int = 0, network: Denoiser | None = None) -> TrainState:
     """A base after three steps on gradients drawn at random."""
-    state = start_state(random_unet(seed=seed), TrainConfig(ema_decay=0.5))
+    state = start_state(network or random_unet(seed=seed), TrainConfig(ema_decay=0.5))
     for _ in range(NUM_STEPS):
         for parameter in state.unet.parameters():
             parameter.grad = torch.randn_like(parameter)
@@ -91,6 +93,27 @@ def test_of_a_narrower_block_the_rows_and_columns_of_its_channels_are_kept(tmp_p
         columns = own[block.conv2.weight][name], of[whole.conv2.weight][name][:, channels]
         untouched = own[block.norm1.weight][name], of[whole.norm1.weight][name]
         for found, expected in (rows, columns, untouched):
+            assert torch.equal(found, expected)
+
+
+def test_without_a_branch_every_weight_has_the_moments_of_its_name(tmp_path):
+    before = trained(network=random_dit())
+    before.save(tmp_path / "base.pt")
+    base, units = averaged(before), space_of(TINY_DIT, "depth").units
+    kept = {**keep_everything(units), "transformer_blocks.0.attn1": ()}
+    narrow = partial(family_of(base).cut, units=units, kept=kept)
+    state = start_state(narrow(base), TrainConfig())
+    adopt_moments(state, tmp_path / "base.pt", base, narrow)
+    weights = dict(before.unet.named_parameters())
+    own = dict(state.unet.named_parameters())
+    assert len(own) < len(weights)
+    modulation = "transformer_blocks.0.norm1.linear."  # its last half is the feed-forward's
+    for name, weight in own.items():
+        for moment in MOMENTS:
+            found = state.optimizer.state[weight][moment]
+            expected = before.optimizer.state[weights[name]][moment]
+            if name.startswith(modulation):
+                expected = expected.chunk(2)[1]
             assert torch.equal(found, expected)
 
 

@@ -10,6 +10,7 @@ from tdc_ray.pruning.changes import MAX_NOTE, Bound, Change, Distrust, Move, Pla
 from tdc_ray.pruning.knapsack import knapsack, loss_curves
 from tdc_ray.pruning.space import Space, space_of
 from tests.pruning.requests import NAMES, SPACE, entry, task
+from tests.small import TINY_DIT
 
 STEEP = {
     unit.name: {
@@ -56,6 +57,16 @@ def test_whatever_is_said_the_scheme_is_legal_and_within_the_limit(change, share
         if not any(note.startswith(str(share)) for note in planned.dropped):
             taken = sum(p for block, p in points.items() if block.startswith(share.block.strip()))
             assert share.least - 1e-9 <= taken <= share.most + 1e-9
+
+
+def test_what_the_branches_of_a_block_have_in_common_counts_as_the_blocks():
+    space = space_of(TINY_DIT, "depth")
+    planner = Planner(replace(REQUEST, space=space, limit=space.macs_base, sensitivities={}), ())
+    block = "transformer 1"
+    gone = {**space.full, **dict.fromkeys(planner.blocks[block], 0)}
+    saved = space.macs_base - space.macs(gone)
+    assert saved > cost_of(space, space.full, planner.blocks[block])
+    assert planner.points(space.full)[block] == pytest.approx(100 * saved / space.macs_base)
 
 
 def test_without_changes_it_is_the_knapsack():

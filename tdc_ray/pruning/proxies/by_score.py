@@ -19,8 +19,11 @@ def uniform_scheme(space: Space, limit: int, values: Values) -> dict[str, int]:
     """
 
     def scheme_at(share: float) -> dict[str, int]:
-        return {
-            unit.name: space.floor_width(unit.name, max(1, int(share * unit.width)))
+        return {  # rounding down removes no branch
+            unit.name: max(
+                space.floor_width(unit.name, int(share * unit.width)),
+                space.next_wider(unit.name, 0),
+            )
             for unit in space.units
         }
 

@@ -72,7 +72,12 @@ def error_weights(
                     state = step(state)
                     outputs += [(step, s, getattr(state, s)) for s in step.output_layers]
                 values = [value for *_, value in outputs]
-                gradients = torch.autograd.grad((state.hidden * direction).sum(), values)
+                gradients = torch.autograd.grad(
+                    (state.hidden * direction).sum(),
+                    values,
+                    allow_unused=True,  # a caption's stream after the last joint attention left
+                    materialize_grads=True,
+                )
             for (step, stream, _), of_output in zip(outputs, gradients, strict=True):
                 key, gate = step.key(stream), step.gate(state, stream)
                 gradient = of_output if stream == "hidden" else of_output.transpose(1, 2)

@@ -301,7 +301,7 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
     seed_parts = ("finetune", group.first, group.last)
     model: nn.Module = state.unet
     if rank.world_size > 1:
-        model = nn.parallel.DistributedDataParallel(state.unet)
+        model = data_parallel(state.unet, job.kept)
     dataset = context.data.open()
     indices, _ = held_out_split(dataset, context.prune.held_out_share, context.seed)
     images = batches(
@@ -333,6 +333,16 @@ def _train(state: TrainState, base: LoadedBase, job: FinetuneJob, report: Report
         report=report,
         save=lambda current: current.save(job.checkpoint),
     )
+
+
+def data_parallel(unet: nn.Module, kept: KeptIndices) -> nn.Module:
+    """Wrap a sub-model for data-parallel training.
+
+    Where branches were removed, nothing may read some weights, such as those of the caption's
+    stream after the last joint attention that is left: they get no gradient.
+    """
+    removed = not all(kept.values())
+    return nn.parallel.DistributedDataParallel(unet, find_unused_parameters=removed)
 
 
 def with_margin(timesteps: range, margin: float, num_train_timesteps: int) -> range:

@@ -180,6 +180,17 @@ def test_the_refit_makes_up_for_a_removed_block_in_those_behind(name):
     assert case.error(pruned, base, unseen) < 0.8 * case.error(cut, base, unseen)
 
 
+def test_outputs_that_nothing_reads_any_more_weigh_nothing():
+    case = CASES["sd3.5"]
+    base, units = case.network(), space_of(case.config, "depth").units
+    joint = "transformer_blocks.0.attn"
+    kept = {**keep_everything(units), "transformer_blocks.1.attn": ()}
+    pruned = family_of(base).cut(base, units, kept)
+    weights = error_weights(pruned, [noised(case, 2)], case.schedule, [joint])
+    assert weights.channels[joint].any()
+    assert not weights.channels[f"{joint}|context"].any()
+
+
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd3.5"])
 def test_what_no_pipeline_gives_is_refused_and_not_ignored(name):
     case = CASES[name]

@@ -15,6 +15,7 @@ from tdc_ray.pruning.proxies.by_score import (
     uniform_scheme,
 )
 from tdc_ray.pruning.space import Space, is_tight, space_of
+from tests.small import TINY_DIT
 
 SPACE = space_of(architecture("tiny"))
 SPACES = [SPACE, space_of(architecture("tiny"), "full"), space_of(architecture("digits"))]
@@ -68,6 +69,14 @@ def test_the_uniform_scheme_is_the_largest_even_share_filled_up_to_the_limit(sha
     scheme = uniform_scheme(SPACE, limit, sorted_scores(SCORES))
     assert all(scheme[name] >= width for name, width in largest.items())
     assert is_tight(SPACE, scheme, limit)
+
+
+def test_the_uniform_scheme_removes_no_branch_for_rounding_down():
+    space = space_of(TINY_DIT, "depth", channel_multiple=8)
+    values = sorted_scores(random_scores(space.units, seed=0))
+    least = {name: widths[1] for name, widths in space.legal.items()}
+    assert {widths[0] for widths in space.legal.values()} == {0}
+    assert uniform_scheme(space, space.macs(least), values) == least
 
 
 def ones_but(**low: float) -> Scores:

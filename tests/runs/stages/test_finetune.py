@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import distributed
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.run import RunConfig
@@ -16,6 +17,7 @@ from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.execution.item import Report
 from tdc_ray.models.denoiser import count_params
+from tdc_ray.models.families import family_of
 from tdc_ray.models.saved_expert import load_expert
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.models.units import keep_everything
@@ -23,9 +25,11 @@ from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry
 from tdc_ray.pruning.search import search_submodel
+from tdc_ray.pruning.space import space_of
 from tdc_ray.runs.stages.expert import Expert, make_expert
 from tdc_ray.runs.stages.finetune import (
     FinetuneJob,
+    data_parallel,
     finetune_expert,
     finetune_item,
     short_finetune,
@@ -34,6 +38,7 @@ from tdc_ray.runs.stages.finetune import (
     with_margin,
 )
 from tdc_ray.storage.run_dir import RunDir
+from tests.models.captioned import CASES
 from tests.models.counting import count_macs
 from tests.small import (
     assert_same,
@@ -551,6 +556,26 @@ def test_a_micro_batch_is_halved_down_to_one_image(task):
     while (job := smaller_micro_batch(job)) is not None:
         sizes.append(job.train.micro_batch_size)
     assert sizes == [4, 2, 1]
+
+
+@pytest.mark.parametrize(("name", "branch"), [("sd3.5", "1.attn"), ("pixart", ".attn2")])
+def test_workers_share_an_expert_of_which_nothing_reads_some_weights(name, branch):
+    case = CASES[name]
+    base, units = case.network(), space_of(case.config, "depth").units
+    whole = keep_everything(units)
+    kept = {unit: () if unit.endswith(branch) else steps for unit, steps in whole.items()}
+    pruned, batch = family_of(base).cut(base, units, kept), case.noised(2)
+    timesteps = case.schedule.model_timesteps(batch.timesteps)
+    store = distributed.HashStore()
+    distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        model = data_parallel(pruned, kept)
+        for _ in range(2):  # the second forward pass fails where the first is not reduced
+            output = case.call(model, batch.x_t(case.schedule), timesteps, batch.labels).sample
+            output.sum().backward()
+    finally:
+        distributed.destroy_process_group()
+    assert any(parameter.grad is None for parameter in pruned.parameters())
 
 
 def test_the_workers_of_a_fine_tune_share_its_batch():

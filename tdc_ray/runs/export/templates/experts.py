@@ -62,12 +62,18 @@ def _remove(block: Any, branches: Sequence[str]) -> None:
 def _remaining_forward(
     block: Any,
     hidden_states: torch.Tensor,
-    *_: Any,
-    timestep: torch.Tensor,
-    class_labels: torch.Tensor,
-    **__: Any,
+    attention_mask: None = None,
+    encoder_hidden_states: None = None,
+    encoder_attention_mask: None = None,
+    timestep: torch.Tensor | None = None,
+    cross_attention_kwargs: dict[str, Any] | None = None,
+    class_labels: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Run the only branch that is left, if one is, with its part of the modulation."""
+    """Run the only branch that is left, if one is, with its part of the modulation.
+
+    The arguments are those of diffusers' block, which checkpointing gives by position.
+    """
+    del attention_mask, encoder_hidden_states, encoder_attention_mask, cross_attention_kwargs
     for branch, norm in (("attn1", block.norm1.norm), ("ff", block.norm3)):
         if branch not in block.removed:
             emb = block.norm1.emb(timestep, class_labels, hidden_dtype=hidden_states.dtype)
