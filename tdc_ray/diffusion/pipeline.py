@@ -50,7 +50,7 @@ from tdc_ray.models.text_encoder import (
     encode_prompts,
 )
 from tdc_ray.storage.files import atomic_path, exists, fetch, listing
-from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 
 OUTPUT_TYPES = ("pil", "np", "pt")
 
@@ -152,11 +152,24 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 "prompts go with experts that are conditioned on text, got them with experts that "
                 "are not. Leave them out."
             )
+        self._check_named()
         folder = check_text_encoder(self.text_encoder)
         check_captions_read(folder, self._of_experts[1])
         factor = 1 if self.first_stage is None else self.first_stage.factor
         _, height, width = self.shape
         return encode_prompts(folder, prompts, (factor * height, factor * width), self.device)
+
+    def _check_named(self) -> None:
+        """Refuse a URI that the folder alone names: it would be read with the user's keys."""
+        named = self.text_encoder
+        if self._loaded is None or named is None or named != self._loaded.text_encoder:
+            return
+        if is_remote(resolve_path(named)):
+            raise ConfigError(
+                f"text_encoder {named} must be named by you, as it is a URI that {INDEX_FILE} "
+                "brings along: set --text-encoder, or from_pretrained's text_encoder, to it if "
+                "you trust it, or to a folder."
+            )
 
     @torch.inference_mode()
     def __call__(
@@ -499,7 +512,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             sampler: Fields of ``SamplerConfig`` in place of the run's own, such as
                 ``{"scheduler": "EulerDiscreteScheduler"}``.
             text_encoder: Folder of the pipeline that encodes prompts; None means that of the base,
-                where it was.
+                where it was, unless that is a URI.
 
         Raises:
             CheckpointError: The folder holds no experts, or one of another format.
@@ -532,6 +545,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             index.model_copy(update={"first_stage": named}),
             folders,
             pipeline.first_stage,
+            index.text_encoder if text_encoder is None else None,
         )
         return pipeline
 
@@ -547,6 +561,8 @@ class _Loaded:
     """Where the expert of each range of timesteps is."""
 
     first_stage: FirstStage | None
+    text_encoder: str | None
+    """That the folder itself names; None where the user named one, or there is none."""
 
 
 def _shapes(unet: UNet2DModel) -> dict[str, torch.Size]:

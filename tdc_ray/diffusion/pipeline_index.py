@@ -102,8 +102,9 @@ class PipelineIndex(BaseModel, frozen=True, ser_json_inf_nan="constants"):
         write_json(folder / INDEX_FILE, self.to_json() | changes)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the index as plain JSON values."""
-        return self.model_dump(mode="json")
+        """Return the index as plain JSON values, which earlier versions read where they can."""
+        newer = {"text_encoder"} if self.text_encoder is None else None
+        return self.model_dump(mode="json", exclude=newer)
 
     @classmethod
     def load(cls, folder: Path) -> "PipelineIndex":

@@ -227,6 +227,7 @@ def encode_prompts(
             variant=None if plain else "fp16",
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,  # of a folder that a downloaded file may name
             low_cpu_mem_usage=False,  # True needs accelerate, and warns without it
             **({"requires_safety_checker": False} if "safety_checker" in parts else {}),
             **dict.fromkeys(parts - needed),

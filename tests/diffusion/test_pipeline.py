@@ -57,6 +57,10 @@ def test_settings_of_the_bases_scheduler_may_be_infinite(tmp_path):
     assert PipelineIndex.load(tmp_path).sampler == config.sampler
 
 
+def test_an_index_without_a_text_encoder_is_as_before_there_was_one():
+    assert "text_encoder" not in pipeline_index(CONFIG).to_json()
+
+
 def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> ProgressivePipeline:
     """A pipeline of experts that are in memory, made as a user would make it."""
     spans = [(group.first, group.last) for group in groups_of(config)]

@@ -296,11 +296,55 @@ def test_captions_are_dropped_at_the_rate_asked_for_and_the_others_stay():
     assert_same(seen, given)
 
 
-def test_a_dropout_of_captions_changes_no_key_of_runs_without():
+def test_training_with_a_dropout_of_captions_resumes_bit_for_bit(tmp_path):
+    config = small_config(base={"num_steps": 4, "batch_size": 8, "checkpoint_every": 2})
+    draws = torch.Generator().manual_seed(0)
+    given = [
+        ImageBatch(
+            torch.randn(8, 1, 8, 8, generator=draws),
+            {STATES: torch.randn(8, 3, 8, generator=draws)},
+        )
+        for _ in range(4)
+    ]
+
+    def trained(share: float, resume_from: Path | None = None) -> dict[str, Any]:
+        torch.manual_seed(1)
+        state = start_state(build_network(CAPTIONED), config.base)
+        if resume_from is not None:
+            state.load(resume_from)
+            torch.manual_seed(3)
+        train(
+            state,
+            state.unet,
+            given[state.step :],
+            noise_schedule(config.diffusion),
+            config.base,
+            config.data,
+            timesteps=range(1000),
+            seed=0,
+            caption_dropout=CaptionDropout(share, {STATES: torch.full((3, 8), 9.0)}),
+            report=lambda *_: None,
+            save=lambda state: state.save(tmp_path / f"{state.step}-{share}.pt"),
+        )
+        return state.state_dict()
+
+    whole = trained(0.5)
+    assert_same(trained(0.5, tmp_path / "2-0.5.pt"), whole)
+    with pytest.raises(AssertionError):
+        assert_same(trained(0.0), whole)
+
+
+def test_a_dropout_of_captions_changes_no_key_of_runs_without(monkeypatch):
     base, conditioning = small_config(), ConditioningConfig()
     assert "caption_dropout" not in conditioning_key(conditioning)
     changed = small_config(conditioning={"caption_dropout": 0.1})
     assert digest(changed) != digest(base)
+    hashed: list[dict[str, Any]] = []
+    with monkeypatch.context() as patch:
+        patch.setattr("tdc_ray.config.run.json_digest", lambda one: hashed.append(one) or "")
+        digest(base)
+        digest(changed)
+    assert ["caption_dropout" in one.get("conditioning", {}) for one in hashed] == [False, True]
     assert conditioning_key(changed.conditioning)["caption_dropout"] == 0.1
     with pytest.raises(ConfigError, match="caption_dropout must be 0 for a base that is not"):
         check(changed)

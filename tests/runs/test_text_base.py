@@ -10,7 +10,7 @@ from shutil import copytree
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -24,8 +24,8 @@ from tdc_ray.data.latents import training_data
 from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts, states_of_images
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
-from tdc_ray.diffusion.pipeline_index import ExpertEntry, PipelineIndex
-from tdc_ray.errors import ConfigError, UnsupportedModelError
+from tdc_ray.diffusion.pipeline_index import INDEX_FILE, ExpertEntry, PipelineIndex
+from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.network_config import STATES
 from tdc_ray.models.saved_expert import save_expert
@@ -246,6 +246,31 @@ def test_prompts_that_cannot_be_sampled_are_refused(experts, tmp_path, capsys):
         out = ["--out-dir", str(tmp_path)]
         assert run_command(["sample", *map(str, arguments), *out]) == 1
         assert words in capsys.readouterr().err
+
+
+def test_a_uri_that_a_folder_brings_along_is_read_only_if_the_user_names_it(experts, tmp_path):
+    copytree(experts, tmp_path, dirs_exist_ok=True)
+    index = PipelineIndex.load(experts).model_dump(mode="json")
+    uri = index["text_encoder"] = "memory://elsewhere/sd"
+    (tmp_path / INDEX_FILE).write_text(json.dumps(index))
+    with pytest.raises(ConfigError, match="must be named by you, as it is a URI"):
+        ProgressivePipeline.from_pretrained(tmp_path).encode_prompts(["a"])
+    named = ProgressivePipeline.from_pretrained(tmp_path, text_encoder=uri)
+    with pytest.raises(ConfigError, match="must be the folder of a pipeline"):  # it was looked for
+        named.encode_prompts(["a"])
+
+
+def test_code_that_lies_with_a_text_encoder_is_not_run(pipeline, monkeypatch):
+    told: dict[str, object] = {}
+
+    def refuse(_folder, **options):
+        told.update(options)
+        raise OSError
+
+    monkeypatch.setattr(DiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(CheckpointError):
+        encode_prompts(pipeline, PROMPTS, (16, 16))
+    assert told["trust_remote_code"] is False
 
 
 @pytest.mark.ray

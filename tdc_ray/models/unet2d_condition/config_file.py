@@ -2,7 +2,8 @@
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic_core import PydanticCustomError
 
 from tdc_ray.config.validation import Share
 from tdc_ray.models.config_types import Size, Width
@@ -54,7 +55,7 @@ class UNetConditionConfigFile(BaseModel):
     addition_embed_type: Literal["text_time"] | None = None
     addition_time_embed_dim: Width | None = None
     num_class_embeds: None = None
-    upcast_attention: bool = False
+    upcast_attention: bool | None = False
     resnet_time_scale_shift: Literal["default"] = "default"
     resnet_skip_time_act: Literal[False] = False
     resnet_out_scale_factor: Annotated[float, Field(gt=0)] = 1.0
@@ -71,3 +72,15 @@ class UNetConditionConfigFile(BaseModel):
     mid_block_only_cross_attention: Literal[False] | None = None
     cross_attention_norm: None = None
     addition_embed_type_num_heads: Width = 64
+
+    @field_validator("norm_num_groups", "mid_block_type", mode="before")
+    @classmethod
+    def _is_there(cls, value: object) -> object:
+        """Say why what diffusers allows is refused."""
+        if value is None:
+            raise PydanticCustomError(
+                "missing",
+                "Input should be set: the layers of a network without norms, or without a middle "
+                "block, are not described here",
+            )
+        return value

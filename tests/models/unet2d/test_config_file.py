@@ -59,6 +59,11 @@ def test_a_pair_of_equal_sides_is_one(tmp_path):
     assert read_network(write(tmp_path, {"sample_size": [8, 12]}))["sample_size"] == [8, 12]
 
 
+def test_a_captioned_unets_null_for_a_default_is_taken(tmp_path):
+    document = {"_class_name": "UNet2DConditionModel", "upcast_attention": None}
+    assert read_network(write(tmp_path, document))["upcast_attention"] is None
+
+
 @pytest.mark.parametrize(
     ("document", "message"),
     [
@@ -67,6 +72,14 @@ def test_a_pair_of_equal_sides_is_one(tmp_path):
         (
             {"_class_name": "UNet2DConditionModel", "class_embed_type": "timestep"},
             r"no config of a UNet2DConditionModel: class_embed_type must be None",
+        ),
+        (
+            {"_class_name": "UNet2DConditionModel", "norm_num_groups": None},
+            r"norm_num_groups must be set: .* without norms, or without a middle block, .*None",
+        ),
+        (
+            {"_class_name": "UNet2DConditionModel", "mid_block_type": None},
+            r"mid_block_type must be set: .* not described here, got None",
         ),
         ({"cross_attention_dim": 8}, r"no config of a UNet2DModel: cross_attention_dim: Extra"),
         ({"layers_per_block": 2.5}, r"layers_per_block .*integer.*got 2\.5"),
