@@ -5,6 +5,7 @@ arguments are read twice: at first for what decides the defaults, with no check 
 """
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
 from functools import reduce
@@ -50,7 +51,7 @@ from tdc_ray.config.diffusion import PredictionType
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths, with_data
 from tdc_ray.config.validation import errors_together, refuse
-from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.errors import CheckpointError, ConfigError, TdcError
 from tdc_ray.models.config_file import with_file
 from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import resolve_path
@@ -121,7 +122,7 @@ def parse(arguments: Sequence[str]) -> Command:
     command: Command
     if named := commands.get(next(iter(arguments), "")):
         command = _read(named, flags, None if _asks_for_help(arguments) else UNCHECKED)
-        command = _with_checked_settings(command, named)
+        command = _with_checked_settings(command, named, arguments)
     else:
         kinds = [Annotated[type(c), subcommand(n, default=c)] for n, c in commands.items()]
         union: Any = reduce(or_, kinds)
@@ -388,7 +389,7 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
     return any(argument == "-h" or argument.startswith("--help") for argument in arguments)
 
 
-def _with_checked_settings(command: Any, like: Any) -> Any:
+def _with_checked_settings(command: Any, like: Any, arguments: Sequence[str]) -> Any:
     """Check what was read unchecked, and all paths; ``like`` has settings of the same types.
 
     All of a part is checked at once, with the paths; the parts, such as ``config`` and ``sweep``,
@@ -409,6 +410,9 @@ def _with_checked_settings(command: Any, like: Any) -> Any:
         except ConfigError as error:
             for problem in error.args:
                 refuse(problem)
+        else:
+            with suppress(TdcError):  # a missing model.config is refused as a path
+                command = _with_own_run_dir(command, arguments)
         command.check_paths()
     return command
 

@@ -4,6 +4,8 @@ Inside of ``errors_together`` all of them are refused in one error, with the set
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
 from tdc_ray.config.model import FILE_KINDS, HUB_NAME, ModelConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.validation import refuse
+from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
@@ -55,7 +58,7 @@ def check_folder(flag: str, path: Path | str) -> None:
     Raises:
         ConfigError: There is a file.
     """
-    place = _nearest(path)
+    place = _nearest(flag, path)
     if place is not None and not place.is_dir():
         refuse(f"{place} is a file: name a folder by {flag}.")
 
@@ -67,7 +70,7 @@ def check_output_folder(flag: str, path: Path | str) -> None:
         ConfigError: It is a file, or lies in one, or may not be written to.
     """
     check_folder(flag, path)
-    place = _nearest(path)
+    place = _nearest(flag, path)
     if place is not None and place.is_dir() and not os.access(place, os.W_OK | os.X_OK):
         refuse(f"{place} cannot be written to: name another folder by {flag}.")
 
@@ -79,7 +82,7 @@ def check_output_file(flag: str, path: Path | str) -> None:
         ConfigError: There is something else.
     """
     file = resolve_path(path)
-    if not is_remote(file) and file.is_dir():
+    if _nearest(flag, path) == file.absolute() and file.is_dir():
         refuse(f"{file} is a folder: name a file by {flag}.")
     check_output_folder(flag, file.parent)
 
@@ -121,12 +124,13 @@ def check_features_model(evaluate: EvaluateConfig) -> None:
             f"evaluate.features {evaluate.features} needs transformers, which is not installed: "
             "pip install 'tdc-ray[features]', or take other features."
         )
-    model = evaluate.features_model
-    if model is not None and not _exists(model) and HUB_NAME.fullmatch(model) is None:
-        refuse(
-            f"evaluate.features_model {model} does not exist, and is no name on the hub "
-            "(owner/name)."
-        )
+    model, name = evaluate.features_model, "evaluate.features_model"
+    if (
+        model is not None
+        and not _exists(model, "evaluate.features_model")
+        and HUB_NAME.fullmatch(model) is None
+    ):
+        refuse(f"{name} {model} does not exist, and is no name on the hub (owner/name).")
 
 
 def check_named_data(flag: str, source: str | None) -> bool:
@@ -136,7 +140,7 @@ def check_named_data(flag: str, source: str | None) -> bool:
         ConfigError: It is neither here nor bundled nor a name on the hub.
     """
     known = (*BUNDLED, BASE_SAMPLES)
-    if source is None or source in known or _exists(source):
+    if source is None or source in known or _exists(source, flag):
         return True
     if hub_dataset(source) is None:
         refuse(
@@ -161,7 +165,7 @@ def check_data(data: DataConfig) -> None:
     """
     path, is_drawn = data.path, data.source == BASE_SAMPLES  # which are drawn again, if need be
     is_on_hub = data.source == "datasets" and path is not None and hub_dataset(path) is not None
-    if path is not None and not (is_drawn or is_on_hub or _exists(path)):
+    if path is not None and not (is_drawn or is_on_hub or _exists(path, "data.path")):
         refuse(
             f"data.path {path} does not exist (data.source {data.source}). Set --data.path to "
             "where the images are."
@@ -175,19 +179,37 @@ def check_data(data: DataConfig) -> None:
 
 def _check_named(setting: str, path: str | None, kind: str) -> None:
     """Refuse a path that a setting names and that does not exist."""
-    if path is not None and not _exists(path):
+    if path is not None and not _exists(path, setting):
         refuse(f"{setting} {path} does not exist. Name {kind}.")
 
 
-def _exists(path: Path | str) -> bool:
+def _exists(path: Path | str, name: str = "") -> bool:
     resolved = resolve_path(path)
-    return is_remote(resolved) or resolved.expanduser().exists()
+    if is_remote(resolved):
+        return True
+    with _looking(name, path):
+        return resolved.expanduser().exists()
 
 
-def _nearest(path: Path | str) -> Path | None:
+def _nearest(flag: str, path: Path | str) -> Path | None:
     """Return what is there of a path: itself, or the nearest that it lies in; None of a URI."""
     resolved = resolve_path(path).expanduser()
     if is_remote(resolved):
         return None
     absolute = resolved.absolute()
-    return next(place for place in (absolute, *absolute.parents) if place.exists())
+    with _looking(flag, path):
+        return next(place for place in (absolute, *absolute.parents) if place.exists())
+
+
+@contextmanager
+def _looking(name: str, path: Path | str) -> Iterator[None]:
+    """Refuse a path that cannot be looked for, by the name of its flag or setting, if it has one.
+
+    Raises:
+        ConfigError: It lies in a folder that may not be entered, or its name is too long.
+    """
+    try:
+        yield
+    except OSError as error:
+        text = f"{name} {path}".strip()
+        raise ConfigError(f"{text} cannot be looked for: {error.strerror}.") from error

@@ -13,12 +13,15 @@ from PIL import Image
 from tdc_ray.cli.commands.run import RunCommand
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
-from tdc_ray.cli.parse import _commands
+from tdc_ray.cli.parse import _commands, parse
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.presets import preset
+from tdc_ray.config.run import default_run_dir
+from tdc_ray.errors import ConfigError
 from tdc_ray.models import winograd
 from tdc_ray.models.winograd import convolution
 from tdc_ray.storage.files import read_json
+from tdc_ray.storage.run_dir import RunDir
 
 
 def tdc_ray(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
@@ -127,6 +130,7 @@ def test_wrong_settings_are_listed_together(arguments, names, capsys):
         ["score", ".", "--reference", "digits", "--out"],
         ["simulate", "--json"],
         ["train-autoencoder", "--out"],
+        ["train-autoencoder", "--out", "x", "--data", "digits", "--data.cache-dir"],
     ],
 )
 def test_an_output_that_lies_in_a_file_is_refused_by_its_flag(
@@ -147,6 +151,56 @@ def test_an_output_file_that_is_a_folder_is_refused(tmp_path, capsys, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert run_command([*arguments, "."]) == 1
     assert ". is a folder: name a file by --" in capsys.readouterr().err
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        (["run", "--data", LONG], "--data"),
+        (["run", "--run-dir", LONG], "--run-dir"),
+        (["run", "--data.first-stage", LONG], "data.first_stage"),
+        (["simulate", "--json", LONG], "--json"),
+        (["status", LONG], ""),
+    ],
+)
+def test_a_path_that_cannot_be_looked_for_is_refused(arguments, name, capsys):
+    assert run_command(arguments) == 1
+    said = f"{name} {LONG} cannot be looked for: File name too long.".strip()
+    assert said in capsys.readouterr().err
+
+
+def test_the_folder_of_a_run_that_names_none_is_looked_at(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / default_run_dir(preset("digits"))).touch()
+    assert run_command(["run"]) == 1
+    assert "is a file: name a folder by --run-dir" in capsys.readouterr().err
+
+
+def test_a_finished_run_of_images_of_ones_own_needs_no_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    Image.new("L", (16, 16)).save(tmp_path / "images/1.png")
+    (tmp_path / "inception").touch()
+    arguments = ["run", "--data", "images", "--evaluate.inception-path", "inception"]
+    folder = parse(arguments).run_dir
+    (tmp_path / "inception").unlink()
+    with pytest.raises(ConfigError, match=r"evaluate\.inception_path inception does not exist"):
+        parse(arguments)
+    folder.mkdir(parents=True)
+    RunDir(folder).results.touch()
+    assert parse(arguments).run_dir == folder
+
+
+def test_a_dry_run_writes_nothing_and_may_name_what_is_read_only(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda *_: False)
+    arguments = ["run", "--run-dir", str(tmp_path / "run"), "--store", str(tmp_path / "store")]
+    parse([*arguments, "--dry-run"])
+    with pytest.raises(ConfigError, match="cannot be written to: name another folder by --store"):
+        parse(arguments)
 
 
 def test_version_is_one_line(capsys):

@@ -10,7 +10,12 @@ from rich.console import Console
 from tdc_ray.cli.commands.plan import show_plan
 from tdc_ray.cli.commands.settings import LogTo, Settings
 from tdc_ray.cli.output import PlainConsole
-from tdc_ray.cli.paths import check_config_file, check_output_folder, check_settings
+from tdc_ray.cli.paths import (
+    check_config_file,
+    check_folder,
+    check_output_folder,
+    check_settings,
+)
 from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
 from tdc_ray.errors import TdcError
 from tdc_ray.models.config_file import with_file
@@ -50,23 +55,23 @@ class RunCommand:
 
     def check_paths(self) -> None:
         """Refuse paths that are not there, or cannot be written to."""
-        check_output_folder("--run-dir", self.run_dir or "runs")
+        folder = self._folder()
+        check = check_folder if self.dry_run else check_output_folder
+        check("--run-dir", folder or "runs")
         if self.store is not None:
-            check_output_folder("--store", self.store)
-        if not self._is_finished():  # finished work needs none
+            check("--store", self.store)
+        if not _is_finished(folder):  # finished work needs none
             check_settings(self.config)
         if not self._has_begun:  # what a run has read of the file is in its settings
             check_config_file(self.config.model)
 
-    def _is_finished(self) -> bool:
-        """Whether the results of the run are here, if the settings tell which run it is."""
-        folder = self.run_dir
-        if folder is None and isinstance(self.config, RunConfig):  # checked
-            with suppress(TdcError):  # a missing model.config is refused as a path
-                folder = default_run_dir(replace(self.config, model=with_file(self.config.model)))
-        if folder is None or is_remote(path := resolve_path(folder)):
-            return False
-        return RunDir(path).results.exists()
+    def _folder(self) -> Path | None:
+        """Return the run directory, if the settings tell which it is."""
+        if self.run_dir is not None or not isinstance(self.config, RunConfig):  # unchecked
+            return self.run_dir
+        with suppress(TdcError):  # a missing model.config is refused as a path
+            return default_run_dir(replace(self.config, model=with_file(self.config.model)))
+        return None
 
     def execute(self, console: Console) -> None:
         """Start or resume the run, and print its results."""
@@ -120,3 +125,10 @@ class RunCommand:
     def _has_begun(self) -> bool:
         """Whether the run directory, where one is named, has settings of an earlier call."""
         return self.run_dir is not None and exists(RunDir(resolve_path(self.run_dir)).config)
+
+
+def _is_finished(folder: Path | None) -> bool:
+    """Whether the results of a run are here."""
+    if folder is None or is_remote(path := resolve_path(folder)):
+        return False
+    return RunDir(path).results.exists()

@@ -35,8 +35,7 @@ class TrainAutoencoderCommand:
         """Refuse paths that are not there, or cannot be written to."""
         check_output_folder("--out", self.out)
         check_named_data("--data", self.data)
-        if self.data is None:
-            check_data(self.config.data)
+        check_data(self.config.data)
 
     def execute(self, console: Console) -> None:
         """Train, and print the reconstruction error on held-out images."""
