@@ -9,6 +9,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -99,7 +100,7 @@ def connected(
         except RuntimeError as error:  # the cluster has another version of Ray or of Python
             raise ClusterError(f"Ray cannot be used at {address}: {error}") from error
         except Exception as error:
-            if type(error) is not Exception:  # Ray's own for a node that starts too slowly
+            if not _is_too_slow(error):
                 raise
             raise ClusterError(
                 f"Ray did not start, as happens on a busy machine: {error} Run the same command "
@@ -116,8 +117,8 @@ def _start_local_ray(**options: Any) -> None:
     try:
         _init_local_ray(**options)
     except Exception as error:
-        if isinstance(error, ValueError | TypeError) or received_signal() is not None:
-            raise  # an argument is wrong, or nobody waits any more
+        if not _is_too_slow(error) or received_signal() is not None:
+            raise  # it would fail again, or nobody waits any more
         reason = f"{type(error).__name__}: {error}".splitlines()[0]
         logger.warning("Ray did not start and is started once more: %s", reason)
         _init_local_ray(**options)
@@ -131,8 +132,22 @@ def _init_local_ray(**options: Any) -> None:
         ray.init(address="local", **options)
     except Exception:
         ray.shutdown()
-        kill_trees(child_processes(driver) - others)
+        kill_trees(filter(_is_rays, child_processes(driver) - others))
         raise
+
+
+def _is_too_slow(error: Exception) -> bool:
+    """Whether Ray gave up a node that started too slowly; all its other errors have types."""
+    return type(error) is Exception
+
+
+def _is_rays(pid: int) -> bool:
+    """Whether a process runs a program of Ray's, not what another thread started meanwhile."""
+    try:
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it is gone
+        return False
+    return os.fsencode(Path(ray.__file__).parent) + b"/" in line
 
 
 def _check_joined(address: str | None) -> None:
