@@ -72,7 +72,7 @@ def test_the_uniform_scheme_is_the_largest_even_share_filled_up_to_the_limit(sha
 
 
 def test_the_uniform_scheme_removes_no_branch_for_rounding_down():
-    space = space_of(TINY_DIT, "depth", channel_multiple=8)
+    space = space_of(TINY_DIT, "depth", channel_multiple=16)
     values = sorted_scores(random_scores(space.units, seed=0))
     least = {name: widths[1] for name, widths in space.legal.items()}
     assert {widths[0] for widths in space.legal.values()} == {0}
