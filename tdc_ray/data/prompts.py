@@ -1,6 +1,7 @@
 """Prompts for a base conditioned on text, and the states that its text encoder makes of them."""
 
 import functools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def read_prompts(path: str | None, setting: str = "data.prompts") -> tuple[str, 
 def prompts_named(given: Sequence[str], setting: str) -> tuple[str, ...]:
     """Return prompts that are given as they are, or as text files of one a line.
 
-    What exists as a file, or has the suffix ``.txt``, is one.
+    What has the suffix ``.txt``, or a path's separator and exists, is a file.
 
     Args:
         given: Prompts, and paths.
@@ -75,8 +76,8 @@ def prompts_named(given: Sequence[str], setting: str) -> tuple[str, ...]:
 
 def _is_file(text: str) -> bool:
     try:
-        return Path(text).expanduser().is_file()
-    except OSError:  # too long for a path
+        return os.sep in text and Path(text).expanduser().is_file()
+    except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, or no path at all
         return False
 
 

@@ -139,8 +139,14 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         """Whether the experts are conditioned on text."""
         return bool(self._of_experts[1])
 
-    def encode_prompts(self, prompts: Sequence[str]) -> PromptStates:
+    def encode_prompts(
+        self, prompts: Sequence[str], device: torch.device | None = None
+    ) -> PromptStates:
         """Return what the experts read of prompts, by the text encoder of their base's pipeline.
+
+        Args:
+            prompts: The prompts.
+            device: What computes; None means what the experts are on.
 
         Raises:
             ConfigError: The experts are not conditioned on text, or their text encoder is not
@@ -153,11 +159,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 "are not. Leave them out."
             )
         self._check_named()
-        folder = check_text_encoder(self.text_encoder)
-        check_captions_read(folder, self._of_experts[1])
+        folder = check_text_encoder(self.text_encoder, "text_encoder")
+        check_captions_read(folder, self._of_experts[1], "text_encoder")
         factor = 1 if self.first_stage is None else self.first_stage.factor
         _, height, width = self.shape
-        return encode_prompts(folder, prompts, (factor * height, factor * width), self.device)
+        size = factor * height, factor * width
+        return encode_prompts(folder, prompts, size, device or self.device)
 
     def _check_named(self) -> None:
         """Refuse a URI that the folder alone names: it would be read with the user's keys."""

@@ -96,23 +96,32 @@ def _encoding_of(name: str) -> _Encoding:
     return next((one for kind, one in _ENCODINGS.items() if name.startswith(kind)), _DEFAULT)
 
 
-def check_text_encoder(pipeline: str | None) -> Path:
+def check_text_encoder(pipeline: str | None, setting: str = "data.text_encoder") -> Path:
     """Check that there are text encoders, and the library that reads them; return their pipeline.
+
+    Args:
+        pipeline: Has the text encoders.
+        setting: What named it, for errors.
 
     Raises:
         ConfigError: One of them is missing.
     """
+    flag = setting.replace("_", "-")
     if pipeline is None:
         raise ConfigError(
-            "data.text_encoder must be given for a base conditioned on text that lies in no "
-            "pipeline: set --data.text-encoder to the folder of one, as diffusers saves it."
+            f"{setting} must be given for a base conditioned on text that lies in no pipeline: "
+            f"set --{flag} to the folder of one, as diffusers saves it."
         )
     folder = resolve_path(pipeline)
+    if not exists(folder):
+        raise ConfigError(
+            f"{setting} {pipeline} is not there. Name it by --{flag}, or text_encoder= in Python."
+        )
     for name in dict.fromkeys([TEXT_ENCODER, *_parts(folder, TEXT_ENCODER)]):
         if not listing(folder / name, "*.safetensors"):
             raise ConfigError(
-                f"data.text_encoder {pipeline} must be the folder of a pipeline, as diffusers "
-                f"saves it: its {name} has no safetensors."
+                f"{setting} {pipeline} must be the folder of a pipeline, as diffusers saves it: "
+                f"its {name} has no safetensors."
             )
     needed = ["transformers"]
     for name in _parts(folder, TOKENIZER):
@@ -133,30 +142,34 @@ def _is_installed(name: str) -> bool:
         return False
 
 
-def check_captions_read(pipeline: Path, shapes: CaptionShapes) -> None:
+def check_captions_read(
+    pipeline: Path, shapes: CaptionShapes, setting: str = "data.text_encoder"
+) -> None:
     """Check that a pipeline hands to its network what another reads of captions.
 
     Args:
         pipeline: Has the text encoders.
         shapes: What the network reads (``structure.caption_shapes``).
+        setting: What named the pipeline, for errors.
 
     Raises:
         ConfigError: It does not.
     """
+    flag = setting.replace("_", "-")
     name = str(_index(pipeline).get("_class_name"))
     encoding = _encoding_of(name)
     if missing := [one for one in shapes if one not in (*encoding.outputs, *encoding.sizes)]:
         raise ConfigError(
-            f"data.text_encoder must be the folder of a pipeline for networks that read "
+            f"{setting} must be the folder of a pipeline for networks that read "
             f"{' and '.join(missing)}, as this base does, got {display_path(pipeline)}, a {name}. "
-            "Set --data.text-encoder to that of the base's own."
+            f"Set --{flag} to that of the base's own."
         )
     width = _states_width(pipeline, encoding)
     if width is not None and STATES in shapes and width != shapes[STATES][-1]:
         raise ConfigError(
-            f"data.text_encoder must be of states {shapes[STATES][-1]} wide, which this base "
+            f"{setting} must be of states {shapes[STATES][-1]} wide, which this base "
             f"reads, got {display_path(pipeline)}, a {name}, whose are {width} wide. Set "
-            "--data.text-encoder to the pipeline of the base's own."
+            f"--{flag} to the pipeline of the base's own."
         )
 
 

@@ -7,6 +7,7 @@ from tdc_ray.cli.parse import parse
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import default_run_dir, differences, from_json, to_json
+from tdc_ray.data.latents import TrainingData
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.timing import StepTimes
@@ -275,6 +276,20 @@ def test_steps_are_timed_on_the_data_and_the_network_of_the_run(share, cache_dir
     assert 0 < found.step_seconds < 5
     assert 0 < found.pass_seconds < 1
     assert found.seconds > 4 * found.step_seconds
+
+
+def test_steps_are_timed_with_the_dropout_of_captions(cache_dir, monkeypatch):
+    dropout, told = {"caption_dropout": 0.5}, {}
+    config = small_config(evaluate={"cache_dir": str(cache_dir)}, conditioning=dropout)
+
+    def train(*_, report, **others):
+        told.update(others)
+        report({}, 1)
+
+    monkeypatch.setattr(step_times, "train", train)
+    monkeypatch.setattr(TrainingData, "caption_dropout", lambda _, share: share)
+    measure_steps(StepTimesJob(config, TINY, None), lambda *_: None)
+    assert told["caption_dropout"] == 0.5
 
 
 @pytest.mark.parametrize(("hours", "fewest", "images"), [(1e-9, 1, 1), (1.0, 3, 64)])

@@ -21,7 +21,13 @@ from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import training_data
-from tdc_ray.data.prompts import BUNDLED, load_states, read_prompts, states_of_images
+from tdc_ray.data.prompts import (
+    BUNDLED,
+    load_states,
+    prompts_named,
+    read_prompts,
+    states_of_images,
+)
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, ExpertEntry, PipelineIndex
@@ -239,8 +245,12 @@ def test_prompts_that_cannot_be_sampled_are_refused(experts, tmp_path, capsys):
     index.model_copy(update={"first_stage": None, "text_encoder": None}).save(plain)
     for arguments, words in (
         ([experts], "prompts must be given for experts that are conditioned on text"),
-        ([experts, "--prompts", "no.txt"], "prompts no.txt does not exist"),
-        ([experts, "--prompts", "a", "--text-encoder", "x"], "x must be the folder of a pipeline"),
+        ([experts, "--prompts", "no.txt", "--text-encoder", "x"], "no.txt does not exist: name a"),
+        ([experts, "--prompts", "no.txt", "--text-encoder", "x"], "x does not exist: name the f"),
+        (
+            [experts, "--prompts", "a", "--text-encoder", tmp_path],
+            f" text_encoder {tmp_path} must be the folder of a pipeline",
+        ),
         ([plain, "--prompts", "a"], "prompts go with experts that are conditioned on text"),
     ):
         out = ["--out-dir", str(tmp_path)]
@@ -256,8 +266,30 @@ def test_a_uri_that_a_folder_brings_along_is_read_only_if_the_user_names_it(expe
     with pytest.raises(ConfigError, match="must be named by you, as it is a URI"):
         ProgressivePipeline.from_pretrained(tmp_path).encode_prompts(["a"])
     named = ProgressivePipeline.from_pretrained(tmp_path, text_encoder=uri)
-    with pytest.raises(ConfigError, match="must be the folder of a pipeline"):  # it was looked for
+    with pytest.raises(ConfigError, match=r"^text_encoder memory://elsewhere/sd is not there"):
         named.encode_prompts(["a"])
+
+
+def test_no_more_prompts_are_encoded_than_images_and_before_the_experts_move(
+    experts, monkeypatch, tmp_path
+):
+    found = []
+
+    def refuse(pipeline, prompts, _device):
+        found.append((prompts, pipeline.experts.dtype))
+        raise ConfigError("enough")
+
+    monkeypatch.setattr(ProgressivePipeline, "encode_prompts", refuse)
+    command = ["sample", str(experts), "--prompts", "a", "b", "c", "--num-images", "2"]
+    assert run_command([*command, "--precision", "bf16", "--out-dir", str(tmp_path)]) == 1
+    assert found == [(("a", "b"), torch.float32)]
+
+
+def test_prompts_are_files_only_where_they_look_like_one(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cat").write_text("a dog\n")
+    given = ["cat", "~nobody-of-this-name/ at sea", "x" * 5000 + "/", "black/white", "./cat"]
+    assert prompts_named(given, "prompts") == (*given[:-1], "a dog")
 
 
 def test_code_that_lies_with_a_text_encoder_is_not_run(pipeline, monkeypatch):

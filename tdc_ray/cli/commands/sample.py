@@ -41,11 +41,11 @@ class SampleCommand:
     guidance_scale: float | None = None
     """Weight of classifier-free guidance, 1 for none; default: as the run was planned."""
     prompts: tuple[str, ...] = ()
-    """Prompts, which take turns over the images, for experts conditioned on text; or a text file
-    of them, one a line."""
+    """Prompts, which take turns over the images, for experts conditioned on text; or text files
+    of them, one a line, named by NAME.txt, or by a path with / in it."""
     text_encoder: Annotated[str | None, arg(aliases=("--data.text-encoder",))] = None
     """Folder of the diffusers pipeline that encodes the prompts; default: that of the base, where
-    it was."""
+    it was, unless that is a URI."""
     batch_size: int = 64
     """Images sampled at once."""
     offload: bool = False
@@ -78,6 +78,11 @@ class SampleCommand:
     def check_paths(self) -> None:
         """Refuse paths that are not there, or cannot be written to."""
         check_input(self.run, "a run directory, or a folder of experts")
+        if self.text_encoder is not None:
+            check_input(self.text_encoder, "the folder of a diffusers pipeline by --text-encoder")
+        for file in self.prompts:
+            if file.endswith(".txt"):
+                check_input(file, "a text file of prompts by --prompts")
         check_output_folder("--out-dir", self.out_dir or self.run / "samples")
 
     def execute(self, console: Console) -> None:
@@ -101,7 +106,7 @@ class SampleCommand:
             "karras_sigmas": self.karras_sigmas,
             "options": self.options,
         }
-        prompts = prompts_named(self.prompts, "prompts")
+        prompts = prompts_named(self.prompts, "prompts")[: self.num_images]
         changes = {name: value for name, value in asked.items() if value}
         if self.scheduler is not None:  # the settings of the run's are another's
             changes = {**asked, "eta": 0.0, "use_clipped_model_output": None}
@@ -120,6 +125,9 @@ class SampleCommand:
                 "prompts must be given for experts that are conditioned on text. Name some, or a "
                 "text file of them, by --prompts."
             )
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        # Before the experts are there: a text encoder may be larger than they are.
+        states = pipeline.encode_prompts(prompts, device) if prompts else None
         precision = self.precision
         if precision == "auto":
             network = pipeline.experts.for_timestep(pipeline.experts.spans[0][0])
@@ -128,9 +136,8 @@ class SampleCommand:
             precision = benchmark_precision(job, lambda *_: None).precision
             console.print(f"precision auto is {precision} here")
         pipeline.experts.to(DTYPES[precision])
-        pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+        pipeline.to(device)
         pipeline.set_progress_bar_config(disable=not console.is_terminal)
-        states = pipeline.encode_prompts(prompts) if prompts else None
         pixels = []
         classes = torch.tensor(self.labels) if self.labels else None
         for first in range(0, self.num_images, self.batch_size):
@@ -139,9 +146,7 @@ class SampleCommand:
             turns = image_labels(
                 pipeline.num_classes if classes is None else len(classes), first, count
             )
-            told: dict[str, Any] = {}
-            if states is not None:
-                told |= conditions_of_images(states, first, count)
+            told = {} if states is None else conditions_of_images(states, first, count)
             output = pipeline(
                 count,
                 generators,

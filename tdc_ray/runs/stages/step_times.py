@@ -168,8 +168,9 @@ def _step_seconds(
             return False
         return len(marks) <= MIN_STEPS or marks[-1] - marks[0] < enough
 
+    data = training_data(config.data, config.evaluate.cache_dir)
     images = batches(
-        training_data(config.data, config.evaluate.cache_dir).open(),
+        data.open(),
         batch_size=settings.batch_size,
         seed=config.seed,
         num_steps=MAX_STEPS + 1,
@@ -187,6 +188,7 @@ def _step_seconds(
         timesteps=range(config.diffusion.num_timesteps),
         seed=config.seed,
         label_dropout=config.conditioning.label_dropout,
+        caption_dropout=data.caption_dropout(config.conditioning.caption_dropout),
         teacher=teacher,
         report=lambda _metrics, _step: marks.append(time.perf_counter()),
         save=lambda _state: None,
