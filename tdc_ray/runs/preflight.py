@@ -87,9 +87,9 @@ def check_network(config: RunConfig, pretrained: PretrainedBase | None) -> Netwo
     if is_latent and data.first_stage is None:
         raise ConfigError(
             f"{name} denoises latents and needs a first stage: set --data.first-stage to the "
-            "folder of a diffusers VQModel or AutoencoderKL, a released one or what tdc-ray "
-            "train-autoencoder makes. One that is inside a checkpoint file comes along after "
-            "tdc-ray import FILE DIR by --base DIR."
+            "folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC, a released one or "
+            "what tdc-ray train-autoencoder makes. One that is inside a checkpoint file comes "
+            "along after tdc-ray import FILE DIR by --base DIR."
         )
     check_shape(data, unet, name)
     learned_sigma = unet["out_channels"] == 2 * unet["in_channels"]
