@@ -37,6 +37,9 @@ class Denoiser(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Iterate over its weights."""
 
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Iterate over its weights and their names."""
+
     def get_submodule(self, target: str) -> nn.Module:
         """Return a module by its dotted name."""
 

@@ -146,7 +146,9 @@ class SampleCommand:
             turns = image_labels(
                 pipeline.num_classes if classes is None else len(classes), first, count
             )
-            told = {} if states is None else conditions_of_images(states, first, count)
+            told: dict[str, Any] = (
+                {} if states is None else conditions_of_images(states, first, count)
+            )
             output = pipeline(
                 count,
                 generators,
