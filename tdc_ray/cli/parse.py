@@ -107,11 +107,15 @@ def _unchecked(info: StructTypeInfo) -> StructConstructorSpec | None:
     return StructConstructorSpec(SimpleNamespace, tuple(fields))
 
 
-def parse(arguments: Sequence[str]) -> Command:
+def parse(arguments: Sequence[str], *, checks_paths: bool = True) -> Command:
     """Return the command of a command line.
 
+    Args:
+        arguments: The words after ``tdc-ray``.
+        checks_paths: Whether paths are looked for, which may be another machine's.
+
     Raises:
-        ConfigError: A setting is out of its range, or two settings disagree.
+        ConfigError: A setting is out of its range, or two settings disagree, or a path is missing.
         CheckpointError: The base or the model that is named does not exist, or is malformed.
     """
     _refuse_foreign(arguments)
@@ -122,12 +126,13 @@ def parse(arguments: Sequence[str]) -> Command:
     command: Command
     if named := commands.get(next(iter(arguments), "")):
         command = _read(named, flags, None if _asks_for_help(arguments) else UNCHECKED)
-        command = _with_checked_settings(command, named, arguments)
+        command = _with_checked_settings(command, named, arguments, checks_paths=checks_paths)
     else:
         kinds = [Annotated[type(c), subcommand(n, default=c)] for n, c in commands.items()]
         union: Any = reduce(or_, kinds)
         command = tyro.cli(union, args=flags, prog="tdc-ray", description=DESCRIPTION)
-        command.check_paths()
+        if checks_paths:
+            command.check_paths()
     if isinstance(command, RunCommand | SweepCommand):
         _check_shape(command.config, arguments)
     _check_budget(command, arguments)
@@ -389,7 +394,9 @@ def _asks_for_help(arguments: Sequence[str]) -> bool:
     return any(argument == "-h" or argument.startswith("--help") for argument in arguments)
 
 
-def _with_checked_settings(command: Any, like: Any, arguments: Sequence[str]) -> Any:
+def _with_checked_settings(
+    command: Any, like: Any, arguments: Sequence[str], *, checks_paths: bool
+) -> Any:
     """Check what was read unchecked, and all paths; ``like`` has settings of the same types.
 
     All of a part is checked at once, with the paths; the parts, such as ``config`` and ``sweep``,
@@ -413,7 +420,8 @@ def _with_checked_settings(command: Any, like: Any, arguments: Sequence[str]) ->
         else:
             with suppress(TdcError):  # a missing model.config is refused as a path
                 command = _with_own_run_dir(command, arguments)
-        command.check_paths()
+        if checks_paths:
+            command.check_paths()
     return command
 
 

@@ -6,10 +6,9 @@ import pytest
 import torch
 
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
-from tdc_ray.errors import ConfigError, UnsupportedModelError
+from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import count_params, has_classes
 from tdc_ray.models.families import (
-    BASES,
     build_network,
     captions_read,
     family_of,
@@ -270,13 +269,6 @@ def test_a_saved_one_loads_here_and_in_diffusers(name, tmp_path):
     for loaded in (load_network(tmp_path), type(network).from_pretrained(tmp_path)):
         assert_same(loaded.state_dict(), network.state_dict())
         assert torch.equal(case.by_diffusers(loaded, batch), case.by_diffusers(network, batch))
-
-
-def test_no_command_takes_one_that_is_described_alone(tmp_path):
-    save_network(CASES["sana"].network(), tmp_path)
-    assert SANA_CLASS not in BASES
-    with pytest.raises(ConfigError, match=f"holds a {SANA_CLASS}: only a "):
-        given_config(tmp_path)
 
 
 def test_a_pixart_loads_under_the_name_that_all_transformers_had(tmp_path):

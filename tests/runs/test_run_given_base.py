@@ -56,7 +56,7 @@ def test_how_a_pipeline_samples_is_said_before_a_run(tmp_path, capsys, monkeypat
 
 
 def parsed(*arguments: object):
-    command = parse([str(argument) for argument in arguments])
+    command = parse([str(argument) for argument in arguments], checks_paths=False)
     assert isinstance(command, RunCommand | PlanCommand | ImportCommand)
     return command.config
 

@@ -8,7 +8,7 @@ from typing import Annotated
 from rich.console import Console
 from tyro.conf import arg
 
-from tdc_ray.cli.paths import check_data, check_named_data, check_output_folder
+from tdc_ray.cli.paths import check_data, check_folder, check_named_data, check_output_folder
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -35,7 +35,10 @@ class TrainAutoencoderCommand:
         """Refuse paths that are not there, or cannot be written to."""
         check_output_folder("--out", self.out)
         check_named_data("--data", self.data)
-        check_data(self.config.data)
+        if self.data is None:
+            check_data(self.config.data)
+        else:  # in place of the path in the settings
+            check_folder("--data.cache-dir", self.config.data.cache_dir)
 
     def execute(self, console: Console) -> None:
         """Train, and print the reconstruction error on held-out images."""

@@ -784,7 +784,7 @@ def test_an_autoencoder_kl_comes_along_and_others_are_refused(tmp_path):
     AutoencoderKL.from_pretrained(tmp_path / "base/first_stage", use_safetensors=True)
     edit(tmp_path / "p/vqvae/config.json", _class_name="AutoencoderTiny")
     with pytest.raises(
-        CheckpointError, match="one of VQModel, AutoencoderKL, got AutoencoderTiny"
+        CheckpointError, match="one of VQModel, AutoencoderKL, AutoencoderDC, got AutoencoderTiny"
     ):
         import_base(base, config, tmp_path / "other")
     assert not (tmp_path / "other/base.json").exists()
