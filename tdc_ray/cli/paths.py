@@ -193,11 +193,11 @@ def _exists(path: Path | str, name: str = "") -> bool:
 
 def _nearest(flag: str, path: Path | str) -> Path | None:
     """Return what is there of a path: itself, or the nearest that it lies in; None of a URI."""
-    resolved = resolve_path(path).expanduser()
+    resolved = resolve_path(path)
     if is_remote(resolved):
         return None
-    absolute = resolved.absolute()
     with _looking(flag, path):
+        absolute = resolved.expanduser().absolute()
         return next(place for place in (absolute, *absolute.parents) if place.exists())
 
 
@@ -206,10 +206,12 @@ def _looking(name: str, path: Path | str) -> Iterator[None]:
     """Refuse a path that cannot be looked for, by the name of its flag or setting, if it has one.
 
     Raises:
-        ConfigError: It lies in a folder that may not be entered, or its name is too long.
+        ConfigError: It lies in a folder that may not be entered, or its name is too long, or
+            it begins with the home of a user whom nobody knows.
     """
     try:
         yield
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         text = f"{name} {path}".strip()
-        raise ConfigError(f"{text} cannot be looked for: {error.strerror}.") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error).rstrip(".")
+        raise ConfigError(f"{text} cannot be looked for: {reason}.") from error
