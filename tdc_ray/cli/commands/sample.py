@@ -146,7 +146,7 @@ class SampleCommand:
             turns = image_labels(
                 pipeline.num_classes if classes is None else len(classes), first, count
             )
-            told: dict[str, Any] = (
+            conditions: dict[str, Any] = (
                 {} if states is None else conditions_of_images(states, first, count)
             )
             output = pipeline(
@@ -156,7 +156,7 @@ class SampleCommand:
                 output_type="np",
                 class_labels=turns if classes is None else classes[turns],
                 guidance_scale=self.guidance_scale,
-                **told,
+                **conditions,
             )
             pixels.append(output.images)
         images = np.concatenate(pixels)

@@ -165,6 +165,6 @@ def sample_grid(unet: UNet2DModel, config: RunConfig, num_images: int = 16) -> T
     """Sample a few images by a base: uint8, ``(B, H, W, C)``."""
     pipeline = base_pipeline(unet, pipeline_index(config)).to(unet.device)
     pipeline.set_progress_bar_config(disable=True)
-    told = image_conditions(config, 0, num_images)
-    images = pipeline(num_images, seed=config.evaluate.seed, output_type="np", **told).images
+    conditions = image_conditions(config, 0, num_images)
+    images = pipeline(num_images, seed=config.evaluate.seed, output_type="np", **conditions).images
     return torch.from_numpy(images)
