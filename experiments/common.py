@@ -66,6 +66,9 @@ class Flags:
     architecture: str | None = None
     """Another architecture for the preset's data, such as tiny for digits; default: the
     preset's."""
+    image_size: int | None = None
+    """Side that images are learnt at, such as 8 for mnist with the architecture tiny; default: the
+    preset's."""
     base_steps: int | None = None
     """Steps of the base; default: the preset's."""
     schedule: FlopsSchedule | None = "snr"
@@ -97,6 +100,8 @@ class Flags:
             data = replace(data, path=str(self.data.resolve()))
         if self.first_stage is not None:
             data = replace(data, first_stage=str(self.first_stage.resolve()))
+        if self.image_size is not None:
+            data = replace(data, image_size=self.image_size)
         config = replace(config, data=data)
         if not self.smoke:
             config = in_size(config, self.steps_share)
@@ -114,7 +119,8 @@ class Flags:
         """The preset, and what of the base is not the preset's: a part of folder names."""
         steps = None if self.base_steps is None else f"base-{self.base_steps}"
         held_out = "held-out" if self.held_out_of_base else None
-        return "-".join(filter(None, (self.preset, self.architecture, steps, held_out)))
+        size = None if self.image_size is None else f"{self.image_size}px"
+        return "-".join(filter(None, (self.preset, size, self.architecture, steps, held_out)))
 
 
 @dataclass(frozen=True, kw_only=True)

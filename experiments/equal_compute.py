@@ -267,8 +267,9 @@ def start_of(
 def main(flags: EqualFlags) -> None:
     """Run all seeds; write what is there after each of them."""
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
+    size = None if flags.image_size is None else f"{flags.image_size}px"
     share = None if flags.mean_macs_share is None else f"{flags.mean_macs_share:g}"
-    chosen = flags.architecture, flags.method, flags.schedule, share, flags.allocation
+    chosen = size, flags.architecture, flags.method, flags.schedule, share, flags.allocation
     parts = [flags.preset, *filter(None, chosen)]
     held_out = "-held-out" if flags.held_out_of_base else ""
     folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}{held_out}"
