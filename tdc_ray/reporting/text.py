@@ -130,8 +130,20 @@ def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
         "trained on after stage 1 and no choice has seen, each noised "
         f"{comparison.num_noised // comparison.num_images} times in every group: over all "
         f"timesteps {percent_text(mean, mean.difference)} ({interval_text(mean)}, 95 %); by "
-        f"group {groups}.",
+        f"group {groups}. {seen_text(comparison)}",
     ]
+
+
+def seen_text(comparison: ComparisonResult) -> str:
+    """Write whether the base was trained on the images that losses are compared on."""
+    if comparison.seen_by_base is None:
+        return "Whether the base was trained on these images is not known."
+    if comparison.seen_by_base:
+        return (
+            "Stage 1 was trained on these images, which favours TDC, as a base that is trained on "
+            "forgets them: --prune.held-out-of-base leaves them out."
+        )
+    return "No network was trained on these images."
 
 
 def verdict(difference: LossDifference) -> Literal["lower", "higher", "undecided"]:

@@ -107,6 +107,7 @@ def finish_comparison(
         seconds=longer.trained.seconds,
         num_images=longer.losses[0].num_images,
         num_noised=longer.losses[0].num_noised,
+        seen_by_base=None if config.model.base else not config.prune.held_out_of_base,
         mean=mean_difference(paths, groups),
         groups=tuple(
             GroupDifference(index=group.index, **asdict(paired_difference(path)))

@@ -313,6 +313,10 @@ class ComparisonResult:
     num_noised: int
     """Noised images of each group: all times that one of these was noised."""
 
+    seen_by_base: bool | None = None
+    """Whether stage 1 was trained on these images; None where that is not known, as of a base that
+    was given."""
+
     mean: LossDifference
     """Over all timesteps alike."""
 

@@ -4,8 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from tdc_ray.reporting.text import conclusions, interval_text, percent_text, verdict
-from tdc_ray.runs.results import HELD_OUT_LOSS, LossDifference, score_text
+from tdc_ray.reporting.text import (
+    conclusions,
+    interval_text,
+    percent_text,
+    verdict,
+)
+from tdc_ray.runs.results import HELD_OUT_LOSS, ComparisonResult, LossDifference, score_text
 from tests.runs.test_results import MODEL, RESULTS
 
 
@@ -49,3 +54,29 @@ def test_losses_in_place_of_scores_are_said_to_be_losses():
     assert "No image was scored" in text
     assert "FID" not in text
     assert "No image was scored" not in " ".join(conclusions(RESULTS))
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        (True, "--prune.held-out-of-base leaves them out"),
+        (False, "No network was trained on these images"),
+        (None, "is not known"),
+    ],
+)
+def test_a_comparison_says_whether_the_base_has_seen_its_images(seen, said):
+    comparison = ComparisonResult(
+        kind="equal-macs",
+        score=1.0,
+        train_macs=1.0,
+        steps=2,
+        continued=True,
+        seconds=1.0,
+        num_images=90,
+        num_noised=180,
+        seen_by_base=seen,
+        mean=difference_of(-0.2, -0.1),
+        groups=(),
+    )
+    results = replace(RESULTS, comparison=comparison)
+    assert said in " ".join(conclusions(results))

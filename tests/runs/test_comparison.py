@@ -105,6 +105,7 @@ def test_it_is_shown_with_all_costs_in_console_and_report(compared, tmp_path, ca
         assert f"{macs / results.base.train_macs:.2f}" in printed
     assert f"At equal macs: the base trained on by {found.steps - 60} steps" in printed
     assert "carried on from stage 1" in printed
+    assert "--prune.held-out-of-base leaves them out" in printed.replace("\n", " ")
     assert "losses of TDC and of the base trained on" in printed
     assert run_command(["report", str(folder), "--out", str(tmp_path)]) == 0
     text = (tmp_path / "report.md").read_text()

@@ -17,7 +17,7 @@ from tdc_ray.reporting.paper import (
     is_of_the_paper,
     paper_dataset,
 )
-from tdc_ray.reporting.text import percent_text, timesteps_text, verdict
+from tdc_ray.reporting.text import percent_text, seen_text, timesteps_text, verdict
 from tdc_ray.runs.results import (
     HELD_OUT_LOSS,
     ComparisonResult,
@@ -103,7 +103,7 @@ def comparison_table(results: Results, comparison: ComparisonResult) -> Table:
         ],
         note=f"{comparison.num_images} held-out images that no fine-tune and no choice of the "
         f"search has seen, each noised {repeats} times in every group; the difference is TDC's "
-        "minus the base's, with its 95 % interval, paired by image.",
+        "minus the base's, with its 95 % interval, paired by image. " + seen_text(comparison),
     )
 
 
