@@ -66,7 +66,8 @@ class ProgressBars:
                 case Finished(key) if task := self._tasks.pop(_name(event), None):
                     self._bars.remove_task(task.id)
                     if not self._live and (task.elapsed or 0.0) >= 1:
-                        logger.info("%s done in %.0f s", key, task.elapsed)
+                        # It may have failed.
+                        logger.info("%s ended after %.0f s", key, task.elapsed)
 
     def _update(self, task: Task, event: Reported) -> None:
         names = (name for name in ("loss", "loss_refit", "loss_cut") if name in event.metrics)

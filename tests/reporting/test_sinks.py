@@ -116,7 +116,7 @@ def test_without_a_terminal_work_writes_lines(caplog, monkeypatch):
     assert caplog.messages == [
         "a/b step 1/4 loss 0.5000",
         "a/b step 2/4 loss 0.2500, 4 s left",
-        "a/b done in 3 s",
+        "a/b ended after 3 s",
     ]
 
 
