@@ -107,9 +107,8 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.slow  # threads wait long for each other on busy cores
 @pytest.mark.timeout(600)
-def test_a_resumed_training_equals_one_that_was_not_stopped_on_two_threads_too(
-    two_threads, tmp_path
-):
+@pytest.mark.usefixtures("two_threads")
+def test_a_resumed_training_equals_one_that_was_not_stopped_on_two_threads_too(tmp_path):
     config = replace(config_of(num_steps=4), model=ModelConfig(architecture="digits"))
     whole, _ = run_base(config, folder=tmp_path)
     resumed, _ = run_base(config, resume_from=tmp_path / "2.pt")
