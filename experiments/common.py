@@ -87,7 +87,8 @@ class Flags:
     def config(self, seed: int) -> RunConfig:
         """Return the preset's settings for one seed."""
         config = replace(preset(self.preset), seed=seed)
-        compute = replace(config.compute, num_actors=self.num_actors)
+        # Bases of several seeds may be trained side by side, each on one thread.
+        compute = replace(config.compute, num_actors=self.num_actors, cpus_per_base_worker=1)
         config = replace(config, compute=compute)
         if self.precision is not None:
             base, finetune = (

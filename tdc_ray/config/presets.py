@@ -54,6 +54,8 @@ def digits() -> RunConfig:
         # As good as 200 steps of DDIM here: more of its steps would not raise the score.
         sampler=SamplerConfig(sampler="dpmsolver++", num_inference_steps=20),
         evaluate=EvaluateConfig(num_images=2000, features="classifier"),
+        # Nothing else runs beside stage 1.
+        compute=ComputeConfig(cpus_per_base_worker=2),
     )
 
 
@@ -84,6 +86,7 @@ def digits_smoke() -> RunConfig:
         ),
         sampler=SamplerConfig(num_inference_steps=10),
         evaluate=replace(full.evaluate, num_images=200, batch_size=100),
+        compute=ComputeConfig(),
     )
 
 
@@ -148,6 +151,8 @@ def images(side: int = 32) -> RunConfig:
         base=base,
         finetune=finetune,
         evaluate=replace(full.evaluate, features="auto", batch_size=250 if side <= 32 else 50),
+        # Worker processes of one kind, as precision auto and --hours time the base and experts.
+        compute=ComputeConfig(),
     )
 
 

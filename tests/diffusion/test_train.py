@@ -1,7 +1,7 @@
 import copy
 import itertools
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.diffusion import DiffusionConfig
+from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.train import LearningRateSchedule, TrainConfig
 from tdc_ray.data.batches import batches, held_out_split
@@ -94,6 +95,24 @@ def test_stopped_at_any_checkpoint_and_resumed_equals_not_stopped(tmp_path, kind
         resumed, rest = run_base(config, resume_from=tmp_path / f"{step}.pt")
         assert_same(resumed.state_dict(), whole.state_dict())
         assert without_speed(rest) == without_speed(metrics[step:])
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """As the base of digits is trained."""
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.mark.slow  # threads wait long for each other on busy cores
+@pytest.mark.timeout(600)
+@pytest.mark.usefixtures("two_threads")
+def test_a_resumed_training_equals_one_that_was_not_stopped_on_two_threads_too(tmp_path):
+    config = replace(config_of(num_steps=4), model=ModelConfig(architecture="digits"))
+    whole, _ = run_base(config, folder=tmp_path)
+    resumed, _ = run_base(config, resume_from=tmp_path / "2.pt")
+    assert_same(resumed.state_dict(), whole.state_dict())
 
 
 def test_training_twice_is_the_same_and_another_seed_is_another_training():

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
+from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.runs.evaluation import evaluate
 from tdc_ray.runs.stages.base import base_inputs
@@ -15,7 +16,7 @@ KEY = "526004f9bbf3ace7e0ead4e05f9355d31b30ceabede9fe13505e3b2218c77e6b"
 
 def test_results_from_before_other_predictions_are_found_again(monkeypatch):
     monkeypatch.setattr(evaluate, "weights_digest", str)
-    before = preset("digits")
+    before = replace(preset("digits"), compute=ComputeConfig())  # of one thread
     diffusion = replace(before.diffusion, prediction_type="v_prediction")
     configs = before, replace(before, diffusion=diffusion)
     bases = [base_inputs(config) for config in configs]
