@@ -317,14 +317,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _absolute(path: str) -> str:
     resolved = resolve_path(path)
-    return path if is_remote(resolved) else str(resolved.expanduser().resolve())
+    return path if is_remote(resolved) else str(resolved.resolve())
 
 
 def _absolute_base(base: str) -> str:
     kind, colon, path = base.partition(":")
     if kind in FILE_KINDS and colon:
         return f"{kind}:{_absolute(path)}"
-    return _absolute(base) if Path(base).expanduser().exists() else base  # a name on the hub
+    return _absolute(base) if resolve_path(base).exists() else base  # a name on the hub
 
 
 def default_run_dir(config: RunConfig, but: Collection[str] = ()) -> Path:

@@ -13,6 +13,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.presets import STEPS_BY_SIZE, images
 from tdc_ray.config.run import named_differences, to_json
+from tdc_ray.errors import DataError
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.runs.own_images import BY_SIDE
 from tdc_ray.storage.files import write_json
@@ -96,6 +97,11 @@ def test_of_folders_that_are_splits_the_one_to_train_on_is_taken():
     config = settings_of("--data", "img")
     assert config.data.path == "img/train"
     assert config.conditioning.num_classes == 2
+    fill(Path("parts"), "test/1.png", "val/1.png")
+    with pytest.raises(DataError, match="holds the splits test and val, and none to train on"):
+        settings_of("--data", "parts")
+    fill(Path("above/again"), "train/a/1.png", "train/b/1.png", "test/a/2.png")
+    assert settings_of("--data", "above").data.path == "above/again/train"
     fill(Path("img"), "1.png")
     assert settings_of("--data", "img").data.path == "img"
     Path("img/1.png").unlink()
