@@ -76,7 +76,8 @@ class _Handler(BaseHTTPRequestHandler):
         files, inner = commits[revision], "/".join(inside)
         if action == "resolve":
             if inner not in files:
-                return self._send(404, b"", {"X-Error-Code": "EntryNotFound"})
+                headers = {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": revision}
+                return self._send(404, b"", headers)
             etag = f'"{sha1(files[inner]).hexdigest()}"'
             return self._send(200, files[inner], {"X-Repo-Commit": revision, "ETag": etag})
         if action == "tree":

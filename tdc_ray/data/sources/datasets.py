@@ -229,23 +229,27 @@ def _from_hub(hub: HubName, left_out: Counter[str]) -> tuple["Dataset", list[Pat
     import datasets
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    name, commit = hub.repository, hub.revision
+    name, newest = hub.repository, None
     try:  # Once: load_dataset asks for half a minute, where there is no network.
         api = HfApi(endpoint=datasets.config.HF_ENDPOINT)
-        commit = api.dataset_info(name, revision=commit, timeout=HUB_SECONDS).sha
+        newest = api.dataset_info(name, revision=hub.revision, timeout=HUB_SECONDS).sha
     except Exception:
-        known = try_to_load_from_cache(name, "README.md", revision=commit, repo_type="dataset")
+        known = try_to_load_from_cache(
+            name, "README.md", revision=hub.revision, repo_type="dataset"
+        )
         if known is None:
             raise
-    loaded = datasets.load_dataset(name, hub.config_name, revision=commit, keep_in_memory=False)
+    # By the revision as it is named, under which the cache then knows it without a network.
+    loaded = datasets.load_dataset(
+        name, hub.config_name, revision=hub.revision, keep_in_memory=False
+    )
     rows = loaded[_train_split(list(loaded), name, left_out)]
     # Without a network it takes whatever commit is cached, in a folder of that name.
     kept = HubName(name, Path(rows.cache_files[0]["filename"]).parent.name).commit
-    asked = HubName(name, commit).commit
-    if None not in (kept, asked) and kept != asked:
-        raise DataError(f"data.path {name}@{asked} is not cached, but commit {kept}: name that.")
+    if None not in (kept, hub.commit) and kept != hub.commit:
+        raise DataError(f"data.path {hub} is not cached, but commit {kept}: name that.")
     caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-    return rows, [Path(cache).expanduser().resolve() for cache in caches], kept or asked
+    return rows, [Path(cache).expanduser().resolve() for cache in caches], kept or newest
 
 
 def _saved(folder: Path, left_out: Counter[str]) -> "Dataset":

@@ -89,7 +89,7 @@ def train_folder(root: Path) -> Path | None:
         DataError: The folder cannot be listed, a link leads to nothing, or it is not known which
             of several parts to take.
     """
-    trail = (root.resolve(),)
+    trail = [root.resolve()]
     while True:
         entries = _entries(root, Counter())
         parts = [n for n, is_folder in entries if is_folder and n.lower() in TRAIN | OTHER_SPLITS]
@@ -105,12 +105,12 @@ def train_folder(root: Path) -> Path | None:
                 f"{root} holds the splits {' and '.join(parts)}, and none to train on, such as "
                 "train. Name the folder of the one to take."
             )
-        if train or list(others.values()) != [True]:
+        if parts or list(others.values()) != [True]:
             return root / train[0] if len(train) == 1 and not others else None
         root /= next(iter(others))
         if _leads_back(root, trail):
             return None
-        trail = (*trail, root.resolve())
+        trail.append(root.resolve())
 
 
 def in_other_split(root: Path, folder: str) -> bool:
@@ -180,7 +180,7 @@ def _entries(folder: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:
         raise DataError(f"{folder} cannot be listed: {error}.") from error
 
 
-def _leads_back(folder: Path, trail: tuple[Path, ...]) -> bool:
+def _leads_back(folder: Path, trail: Sequence[Path]) -> bool:
     """Whether a folder is a link to one of those that it lies in, or above them."""
     if not folder.is_symlink():
         return False

@@ -58,11 +58,15 @@ def test_of_classes_with_splits_the_images_to_train_on_are_taken(tmp_path, caplo
     assert caplog.messages == [said]
 
 
-def test_a_class_that_is_called_test_is_one_of_several(tmp_path):
-    for name in ("test", "train", "tram"):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize(
+    ("names", "num_classes"), [(("test", "train", "tram"), 3), (("test", "tram/train"), 2)]
+)
+def test_a_class_that_is_called_test_is_one_of_several(tmp_path, names, num_classes):
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
         Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
-    assert load_dataset(folder_config(tmp_path, labels_from_folders=True)).num_classes == 3
+    dataset = load_dataset(folder_config(tmp_path, labels_from_folders=True))
+    assert (len(dataset), dataset.num_classes) == (len(names), num_classes)
 
 
 def test_folders_that_link_to_each_other_are_looked_into_once(tmp_path):
