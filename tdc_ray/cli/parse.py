@@ -50,7 +50,13 @@ from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
 from tdc_ray.config.diffusion import PredictionType
 from tdc_ray.config.hub import settled
 from tdc_ray.config.presets import PRESETS, preset
-from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths, with_data
+from tdc_ray.config.run import (
+    RunConfig,
+    from_json,
+    recorded_settings,
+    with_absolute_paths,
+    with_data,
+)
 from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import CheckpointError, ConfigError, TdcError
 from tdc_ray.models.config_file import with_file
@@ -316,8 +322,6 @@ def _as_recorded(base: str, run_dir: Path | None) -> str:
     """Return a base's name with the commit on the hub that the settings of a run have, if any."""
     if run_dir is None:
         return base
-    from tdc_ray.runs.choices import recorded_settings  # imports torch
-
     before = recorded_settings(RunDir(resolve_path(run_dir)).config)
     return settled(base, None if before is None else before.model.base)
 

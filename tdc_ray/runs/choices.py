@@ -5,7 +5,6 @@ That are its network, its steps by a budget, and the commits of images and base 
 
 import json
 import logging
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from tdc_ray.config.budget import LEAST_IMAGES, STEP_FIELDS
 from tdc_ray.config.hub import settled
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.presets import preset
-from tdc_ray.config.run import RunConfig, from_json, named_differences
+from tdc_ray.config.run import RunConfig, named_differences, recorded_settings
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.config_file import config_path, with_file
@@ -21,7 +20,7 @@ from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.auto import auto_unet
 from tdc_ray.runs.pretrained.sources import PretrainedBase, resolve_base
-from tdc_ray.storage.files import exists, read_json
+from tdc_ray.storage.files import exists
 
 logger = logging.getLogger(__name__)
 
@@ -119,15 +118,6 @@ def _chosen(config: RunConfig) -> ModelConfig:
         channels,
     )
     return replace(model, network=json.loads(json.dumps(network)))
-
-
-def recorded_settings(recorded: Path | None) -> RunConfig | None:
-    """Return the settings of an earlier call, if there was one of this version."""
-    if recorded is None or not exists(recorded):
-        return None
-    with suppress(ConfigError):  # what compares the settings says so
-        return from_json(read_json(recorded))
-    return None
 
 
 def with_steps_of(config: RunConfig, before: RunConfig) -> RunConfig:

@@ -11,12 +11,16 @@ from pathlib import Path
 from tdc_ray.config.data import BUNDLED, DataConfig
 from tdc_ray.config.hub import settled
 from tdc_ray.config.presets import images
-from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
+from tdc_ray.config.run import (
+    RunConfig,
+    default_run_dir,
+    recorded_settings,
+    with_absolute_paths,
+)
 from tdc_ray.data.detect import data_config, train_split
 from tdc_ray.data.sources.walk import image_paths, train_folder
 from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
 from tdc_ray.errors import DataError
-from tdc_ray.runs.choices import recorded_settings
 from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
 

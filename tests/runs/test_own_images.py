@@ -288,3 +288,21 @@ def test_the_settings_that_follow_from_the_side_are_known_by_name():
         changes = named_differences(to_json(images()), to_json(other))
         found |= {change.split()[0] for change in changes}
     assert found == set(BY_SIDE)
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "words"),
+    [
+        (1, [0], "the images that scores are against must be at least 2, got 1. Give more"),
+        (3, None, "compared, got 0.1, which of 3 holds out 1. Give more images."),
+        (30, None, "which of 30 holds out 3. Raise --prune.held-out-share, or give more images."),
+    ],
+)
+def test_too_few_images_are_refused_before_work(capsys, count, labels, words):
+    arrays = {"images": random_pixels(count, 8, 8)} | ({"labels": labels} if labels else {})
+    np.savez("a.npz", **arrays)
+    arguments = ["run", "--data", "a.npz", "--dry-run"]
+    if labels is None:
+        arguments += ["--evaluate.features", "none"]
+    assert run_command(arguments) == 1
+    assert words in " ".join(capsys.readouterr().err.split())

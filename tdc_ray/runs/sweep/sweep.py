@@ -21,7 +21,7 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from tdc_ray.config.run import RunConfig, with_absolute_paths
+from tdc_ray.config.run import RunConfig, recorded_settings, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.data.load import with_commit
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
@@ -33,7 +33,7 @@ from tdc_ray.execution.ray.workers import check_capacity
 from tdc_ray.models.config_file import with_file
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
-from tdc_ray.runs.choices import recorded_settings, with_choices, with_pretrained
+from tdc_ray.runs.choices import with_choices, with_pretrained
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
