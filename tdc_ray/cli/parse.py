@@ -48,8 +48,15 @@ from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
 from tdc_ray.config.diffusion import PredictionType
+from tdc_ray.config.hub import settled
 from tdc_ray.config.presets import PRESETS, preset
-from tdc_ray.config.run import RunConfig, from_json, with_absolute_paths, with_data
+from tdc_ray.config.run import (
+    RunConfig,
+    from_json,
+    recorded_settings,
+    with_absolute_paths,
+    with_data,
+)
 from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import CheckpointError, ConfigError, TdcError
 from tdc_ray.models.config_file import with_file
@@ -288,6 +295,7 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
     if isinstance(command, SimulateCommand):
         return config if named else _of_costs(command.simulation.costs, config)
     source = command.source if isinstance(command, ImportCommand) else command.config.model.base
+    source = _as_recorded(source, getattr(command, "run_dir", None)) if source else None
     predicts = command.config.diffusion.prediction_type
     if data is None:
         return (
@@ -308,6 +316,14 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
         config = preset(named or "images")
         config = _of_base(source, config, arguments, predicts, has_preset=bool(named), data=data)
     return _with_data(data, config)
+
+
+def _as_recorded(base: str, run_dir: Path | None) -> str:
+    """Return a base's name with the commit on the hub that the settings of a run have, if any."""
+    if run_dir is None:
+        return base
+    before = recorded_settings(RunDir(resolve_path(run_dir)).config)
+    return settled(base, None if before is None else before.model.base)
 
 
 def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:

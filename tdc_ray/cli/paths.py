@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
-from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig, hub_dataset
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
-from tdc_ray.config.model import FILE_KINDS, HUB_NAME, ModelConfig
+from tdc_ray.config.hub import HUB_NAME, hub_base, hub_dataset
+from tdc_ray.config.model import FILE_KINDS, ModelConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.validation import refuse
 from tdc_ray.errors import ConfigError
@@ -46,9 +47,9 @@ def check_base(source: str) -> bool:
             return found
         refuse(f"{path} does not exist.")
         return False
-    if _exists(source) or HUB_NAME.fullmatch(source) is not None:
+    if _exists(source) or hub_base(source) is not None:
         return True
-    refuse(f"{source} does not exist, and is no name on the hub (owner/name).")
+    refuse(f"{source} does not exist, and is no name on the hub (OWNER/NAME).")
     return False
 
 
@@ -125,12 +126,8 @@ def check_features_model(evaluate: EvaluateConfig) -> None:
             "pip install 'tdc-ray[features]', or take other features."
         )
     model, name = evaluate.features_model, "evaluate.features_model"
-    if (
-        model is not None
-        and not _exists(model, "evaluate.features_model")
-        and HUB_NAME.fullmatch(model) is None
-    ):
-        refuse(f"{name} {model} does not exist, and is no name on the hub (owner/name).")
+    if model is not None and not _exists(model, name) and HUB_NAME.fullmatch(model) is None:
+        refuse(f"{name} {model} does not exist, and is no name on the hub (OWNER/NAME).")
 
 
 def check_named_data(flag: str, source: str | None) -> bool:

@@ -2,10 +2,10 @@
 
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from tdc_ray.config.hub import hub_dataset
 from tdc_ray.config.image_size import ImageSize, size_text
-from tdc_ray.config.model import HUB_NAME
 from tdc_ray.config.validation import NonNegativeInt, PositiveInt, refuse, require, settings
 
 Source = Literal[
@@ -29,31 +29,6 @@ OF_BASE = ("num_images", "prompts")
 
 BUNDLED = {"digits": (1, 8, 8), "photos": (3, 16, 16)}
 """Sources that come with scikit-learn and need no path: channels, height, width of an image."""
-
-_HUB_DATASET = re.compile(rf"({HUB_NAME.pattern})(?:@(\w[\w./-]*))?(?::(\w[\w.-]*))?")
-
-
-class HubDataset(NamedTuple):
-    """A data set on the Hugging Face hub."""
-
-    name: str
-    """OWNER/NAME."""
-
-    revision: str | None
-    """Commit, tag or branch; None means the newest."""
-
-    config_name: str | None
-
-
-def hub_dataset(name: str) -> HubDataset | None:
-    """Return the parts of ``OWNER/NAME@REVISION:CONFIG``; None where a path is meant.
-
-    What lies, or would lie, in a folder that is here is a path.
-    """
-    match = _HUB_DATASET.fullmatch(name)
-    if match is None or Path(match[1]).parent.exists():
-        return None
-    return HubDataset(match[1], match[2], match[3])
 
 
 @settings("data")

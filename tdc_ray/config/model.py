@@ -1,6 +1,5 @@
 """The base: its architecture, or where it comes from: ``--model.*``."""
 
-import re
 from typing import Annotated, Any
 
 from tyro.conf import Fixed, Suppress, arg
@@ -12,10 +11,6 @@ FILE_KINDS = ("openai", "compvis")
 
 AUTO = "auto"
 """The architecture that is chosen by the images."""
-
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
-"""Owner and name of a repository on the Hugging Face hub."""
-
 
 ATTENTIONS = ("num_heads", "num_head_channels", "num_heads_upsample", "use_new_attention_order")
 """Fields of ``ModelConfig`` that describe the attentions of a checkpoint file."""
@@ -49,8 +44,9 @@ class ModelConfig:
 
     base: Annotated[str | None, arg(aliases=("--base",))] = None
     """A base to start from in place of training one: a diffusers folder (pipeline, UNet2DModel or
-    DiTTransformer2DModel), a name on the Hugging Face hub, a run directory, what tdc-ray import
-    wrote, openai:FILE.pt or compvis:FILE.ckpt. Then its own architecture counts."""
+    DiTTransformer2DModel), OWNER/NAME or OWNER/NAME@REVISION on the Hugging Face hub, a run
+    directory, what tdc-ray import wrote, openai:FILE.pt or compvis:FILE.ckpt. Then its own
+    architecture counts."""
 
     num_heads: PositiveInt | None = None
     """Heads of every attention of a base from openai: or compvis:, whose file does not say; None

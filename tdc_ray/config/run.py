@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import field, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,9 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.sampler import LATER_SAMPLER_FIELDS, SamplerConfig
 from tdc_ray.config.train import FinetuneConfig, TrainConfig
 from tdc_ray.config.validation import config_error, refuse, require, settings
+from tdc_ray.errors import ConfigError
 from tdc_ray.storage.digest import json_digest
+from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import is_remote, resolve_path
 
 
@@ -234,6 +237,15 @@ def from_json(document: object) -> RunConfig:
         raise config_error(error) from error
 
 
+def recorded_settings(path: Path | None) -> RunConfig | None:
+    """Return the settings that an earlier call wrote, if there was one of this version."""
+    if path is None or not exists(path):
+        return None
+    with suppress(ConfigError):  # what compares the settings says so
+        return from_json(read_json(path))
+    return None
+
+
 def digest(config: RunConfig, but: Collection[str] = ()) -> str:
     """Return eight hexadecimal digits that name all settings that decide what is computed.
 
@@ -317,14 +329,14 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
 
 def _absolute(path: str) -> str:
     resolved = resolve_path(path)
-    return path if is_remote(resolved) else str(resolved.expanduser().resolve())
+    return path if is_remote(resolved) else str(resolved.resolve())
 
 
 def _absolute_base(base: str) -> str:
     kind, colon, path = base.partition(":")
     if kind in FILE_KINDS and colon:
         return f"{kind}:{_absolute(path)}"
-    return _absolute(base) if Path(base).expanduser().exists() else base  # a name on the hub
+    return _absolute(base) if resolve_path(base).exists() else base  # a name on the hub
 
 
 def default_run_dir(config: RunConfig, but: Collection[str] = ()) -> Path:

@@ -5,7 +5,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Source, hub_dataset
+from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Source
+from tdc_ray.config.hub import hub_dataset
 from tdc_ray.data.sources import parquet, webdataset
 from tdc_ray.data.sources.datasets import is_saved
 from tdc_ray.data.sources.imagefolder import metadata_files
@@ -13,6 +14,7 @@ from tdc_ray.data.sources.npz import npz_in
 from tdc_ray.data.sources.shards import shard_paths
 from tdc_ray.data.sources.walk import image_paths, train_folder
 from tdc_ray.errors import ConfigError
+from tdc_ray.storage.object_store import resolve_path
 
 SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
 """By the suffix of the files."""
@@ -44,7 +46,7 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         ConfigError: The path holds no data of a known kind, or of several kinds.
         DataError: A folder cannot be listed, or a link leads to nothing.
     """
-    path = Path(source).expanduser()
+    path = resolve_path(source)
     none: dict[str, Any] = dict.fromkeys(OF_BASE)
     if source in (*BUNDLED, BASE_SAMPLES):
         if path.exists():
@@ -82,10 +84,12 @@ def train_split(folder: str) -> str:
     Raises:
         DataError: The folder cannot be listed, or a link leads to nothing.
     """
-    train = train_folder(Path(folder).expanduser())
+    root = resolve_path(folder)
+    train = train_folder(root)
     if train is None:
         return folder
-    logger.warning("%s holds splits: the images of %s are taken", folder, train.name)
+    taken = train.relative_to(root)
+    logger.warning("%s holds splits: the images of %s are taken", folder, taken)
     return str(train)
 
 

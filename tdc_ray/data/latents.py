@@ -159,7 +159,7 @@ def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
     if data.text_encoder is not None:
         document.append(text_encoder_digest(resolve_path(data.text_encoder)))
     key = json_digest(document)[:16]
-    return TrainingData(data, resolve_path(cache_dir).expanduser() / "latents" / key)
+    return TrainingData(data, resolve_path(cache_dir) / "latents" / key)
 
 
 def prepare_latents(training: TrainingData) -> Chain[None]:

@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 from tdc_ray.config.data import DataConfig
+from tdc_ray.config.hub import hub_dataset, settled
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.sources import (
     base,
@@ -59,6 +61,30 @@ def load_dataset(config: DataConfig) -> ImageDataset:
             "Set --data.path to where the images are."
         )
     return SOURCES[config.source](config)
+
+
+def with_commit(config: DataConfig, before: str | None = None) -> DataConfig:
+    """Name the commit of a data set on the hub that is named without one; others stay as they are.
+
+    Args:
+        config: The settings.
+        before: The ``path`` of an earlier call, whose commit is kept if it is the same data set.
+            None means that the newest is taken, or where there is no network the one in the cache.
+
+    Raises:
+        DataError: It cannot be had.
+    """
+    if not config.is_on_hub:
+        return config
+    assert config.path is not None
+    kept = settled(config.path, before)
+    hub = hub_dataset(kept)
+    assert hub is not None
+    if kept == before or hub.revision is not None:
+        return replace(config, path=kept)
+    images = load_dataset(config)
+    assert isinstance(images, datasets.ArrowImages)
+    return replace(config, path=str(hub.at(images.commit))) if images.commit else config
 
 
 def current_fingerprint(config: DataConfig) -> str:

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.tensor_shards import named, unnamed
-from tdc_ray.errors import ConfigError
+from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.labels import Captions, map_captions
@@ -36,7 +36,7 @@ def read_prompts(path: str | None, setting: str = "data.prompts") -> tuple[str, 
     Raises:
         ConfigError: The file is missing, is no text, or holds no prompt.
     """
-    file = BUNDLED if path is None else resolve_path(path).expanduser()
+    file = BUNDLED if path is None else resolve_path(path)
     if not exists(file):
         flag = setting.replace("_", "-")
         raise ConfigError(f"{setting} {path} does not exist. Set --{flag} to a file.")
@@ -76,8 +76,8 @@ def prompts_named(given: Sequence[str], setting: str) -> tuple[str, ...]:
 
 def _is_file(text: str) -> bool:
     try:
-        return os.sep in text and Path(text).expanduser().is_file()
-    except (OSError, RuntimeError, ValueError):  # too long, ~ of nobody, or no path at all
+        return os.sep in text and resolve_path(text).is_file()
+    except (OSError, ValueError, StorageError):  # too long, or no path at all
         return False
 
 

@@ -21,6 +21,9 @@ class ImagesSummary:
     shape: Shape
     """Channels, height and width that they were brought to."""
 
+    hub: str | None = None
+    """Name and commit of a data set on the Hugging Face hub."""
+
     left_out: Mapping[str, int]
     """Files that were not taken, by the reason."""
 
@@ -42,8 +45,8 @@ def summary_lines(where: str, summary: ImagesSummary) -> list[str]:
     classes = f" of {summary.num_classes} classes" if summary.num_classes else ""
     left_out = ", ".join(f"{count} {reason}" for reason, count in summary.left_out.items())
     lines = [
-        f"{summary.num_images} images{classes} in {where}, read as {summary.source}, learnt as "
-        f"{shape_text(summary.shape)}"
+        f"{summary.num_images} images{classes} in {summary.hub or where}, read as "
+        f"{summary.source}, learnt as {shape_text(summary.shape)}"
     ]
     if left_out:
         lines.append(f"left out: {left_out}")

@@ -22,6 +22,7 @@ from tdc_ray.data.sources.image_file import Header, read_header
 from tdc_ray.data.sources.walk import OTHER_SPLITS, TRAIN, subfolders
 from tdc_ray.data.summary import ImagesSummary, Shape, summary_lines
 from tdc_ray.errors import CorruptFileError
+from tdc_ray.storage.object_store import resolve_path
 
 MOST_HEADERS = 10_000
 """Images that are looked at, evenly spread; of more it is said how many were."""
@@ -85,7 +86,7 @@ def _as_stored(data: DataConfig) -> DataConfig:
         return data
     return DataConfig(
         source=data.source,
-        path=data.path if data.is_on_hub else str(Path(data.path).expanduser().resolve()),
+        path=data.path if data.is_on_hub else str(resolve_path(data.path).resolve()),
         labels_from_folders=data.labels_from_folders,
         cache_dir=data.cache_dir,
     )
@@ -144,6 +145,7 @@ def _summarize(found: Survey, data: DataConfig) -> ImagesSummary:
         num_images=found.num_images,
         num_classes=found.num_classes,
         shape=shape,
+        hub=data.path if data.is_on_hub else None,
         left_out=dict(found.left_out),
         num_looked_at=found.num_looked_at,
         changed={change: count for change, count in changed.items() if count},

@@ -57,7 +57,7 @@ def with_file(model: ModelConfig) -> ModelConfig:
 
 def config_path(source: str) -> Path:
     """Return the path of the file that ``model.config`` names itself, or by its folder."""
-    path = resolve_path(source).expanduser()
+    path = resolve_path(source)
     return path if path.suffix == ".json" else path / "config.json"
 
 

@@ -1,4 +1,7 @@
-"""What a run chooses once, so that later calls keep it: its network, and its steps by a budget."""
+"""What a run chooses once, so that later calls keep it.
+
+That are its network, its steps by a budget, and the commits of images and base on the hub.
+"""
 
 import json
 import logging
@@ -6,28 +9,59 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdc_ray.config.budget import LEAST_IMAGES, STEP_FIELDS
+from tdc_ray.config.hub import settled
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.presets import preset
-from tdc_ray.config.run import RunConfig, from_json, named_differences
-from tdc_ray.data.load import load_dataset
+from tdc_ray.config.run import RunConfig, named_differences, recorded_settings
+from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.config_file import config_path, with_file
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.auto import auto_unet
-from tdc_ray.storage.files import exists, read_json
+from tdc_ray.runs.pretrained.sources import PretrainedBase, resolve_base
+from tdc_ray.storage.files import exists
 
 logger = logging.getLogger(__name__)
+
+
+def with_pretrained(
+    config: RunConfig, recorded: Path | None = None
+) -> tuple[RunConfig, PretrainedBase | None]:
+    """Find the base that a run starts from.
+
+    Args:
+        config: The settings.
+        recorded: Settings of an earlier call, if there was one: the commit that it took of a base
+            on the hub is kept.
+
+    Returns:
+        The settings, naming the commit of a base on the hub, and the base; None where the run
+        trains its own.
+
+    Raises:
+        CheckpointError: There is none, or it is malformed.
+        ConfigError: It is of a kind that cannot be used here.
+    """
+    name = config.model.base
+    if name is None:
+        return config, None
+    before = recorded_settings(recorded)
+    name = settled(name, None if before is None else before.model.base)
+    base = resolve_base(name, config.diffusion.prediction_type)
+    return replace(config, model=replace(config.model, base=base.source)), base
 
 
 def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
     """Return settings that hold the network which ``--model`` asks for, chosen or read if need be.
 
+    They name the commit of a data set on the hub, too.
+
     Args:
         config: The settings.
-        recorded: Settings of an earlier call, if there was one: the network that it chose and the
-            steps that its budget bought are kept, whatever became of the images and of the
-            workers' speed, and if the file of ``model.config`` moved or is gone.
+        recorded: Settings of an earlier call, if there was one: the network that it chose, the
+            steps that its budget bought, and the commit are kept, whatever became of the images
+            and of the workers' speed, and if the file of ``model.config`` moved or is gone.
 
     Raises:
         ConfigError: The file of ``model.config`` is missing or malformed, or holds another network
@@ -35,8 +69,12 @@ def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
         StorageError: That file is no JSON.
         DataError: The images are missing or malformed.
     """
-    if recorded is not None and exists(recorded):
-        config = _with_recorded(config, recorded)
+    before = recorded_settings(recorded)
+    config = replace(
+        config, data=with_commit(config.data, None if before is None else before.data.path)
+    )
+    if before is not None:
+        config = _with_recorded_network(with_steps_of(config, before), before.model)
     if config.model.config is not None:
         return _filled(config)
     return replace(config, model=_chosen(config)) if config.model.is_open else config
@@ -80,15 +118,6 @@ def _chosen(config: RunConfig) -> ModelConfig:
         channels,
     )
     return replace(model, network=json.loads(json.dumps(network)))
-
-
-def _with_recorded(config: RunConfig, recorded: Path) -> RunConfig:
-    """Return settings with what an earlier call chose that was asked for the same."""
-    try:
-        before = from_json(read_json(recorded))
-    except ConfigError:  # of another version: what compares the settings says so
-        return config
-    return _with_recorded_network(with_steps_of(config, before), before.model)
 
 
 def with_steps_of(config: RunConfig, before: RunConfig) -> RunConfig:

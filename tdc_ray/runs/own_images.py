@@ -5,18 +5,23 @@ meanwhile are noticed as such, and do not turn it into another run.
 """
 
 from collections.abc import Collection
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 from tdc_ray.config.data import BUNDLED, DataConfig
+from tdc_ray.config.hub import settled
 from tdc_ray.config.presets import images
-from tdc_ray.config.run import RunConfig, default_run_dir, from_json, with_absolute_paths
+from tdc_ray.config.run import (
+    RunConfig,
+    default_run_dir,
+    recorded_settings,
+    with_absolute_paths,
+)
 from tdc_ray.data.detect import data_config, train_split
 from tdc_ray.data.sources.walk import image_paths, train_folder
 from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
-from tdc_ray.errors import ConfigError, DataError
-from tdc_ray.storage.files import exists, read_json
+from tdc_ray.errors import DataError
+from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
 DETECTED = (
@@ -104,16 +109,11 @@ def own_images(
 
 def _recorded(run_dir: Path, path: str) -> RunConfig | None:
     """Return the settings of a run that has the same data; None where there is none."""
-    file = RunDir(run_dir).config
-    if not exists(file):
-        return None
-    with suppress(ConfigError):  # of another version, which is refused later
-        before = from_json(read_json(file))
-        data = with_absolute_paths(before).data.path
-        root = Path(path).expanduser().resolve()
-        if data is not None and (data == path or Path(data) in (root, _train_folder(root))):
-            return before
-    return None
+    before = recorded_settings(RunDir(run_dir).config)
+    data = None if before is None else with_absolute_paths(before).data.path
+    root = resolve_path(path).resolve()
+    is_same = data in (path, settled(path, data), str(root), str(_train_folder(root)))
+    return before if data is not None and is_same else None
 
 
 def _train_folder(root: Path) -> Path | None:
@@ -124,7 +124,7 @@ def _train_folder(root: Path) -> Path | None:
 
 def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataConfig, int | None]:
     """Find out what images at a path are; return their settings and number of classes."""
-    root = Path(path).expanduser()
+    root = resolve_path(path)
     if "data.source" not in given:
         # "./digits" is a path, which a Path would write as the name of a bundled source.
         data = data_config(str(root) if path.startswith("~") else path, data)

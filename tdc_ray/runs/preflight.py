@@ -123,22 +123,30 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
 
 
 def check_held_out(config: RunConfig, dataset: ImageDataset) -> None:
-    """Check that losses that are compared have an interval: there are two images at least.
+    """Check that there are two images at least for whatever models are compared by.
+
+    Losses have no interval otherwise, and features no covariance.
 
     Raises:
-        ConfigError: They have none.
+        ConfigError: There are fewer.
     """
     wanted = config.evaluate.features
     by_loss = wanted == "none" or (wanted == "auto" and dataset.num_classes is None)
+    if not by_loss and config.evaluate.reference is None and len(dataset) < LEAST_JUDGED:
+        raise ConfigError(
+            f"the images that scores are against must be at least {LEAST_JUDGED}, got "
+            f"{len(dataset)}. Give more images."
+        )
     if not by_loss and config.compare.kind == "none":
         return
     _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
     if len(halves(held_out)[1]) < LEAST_JUDGED:
+        least = 2 * LEAST_JUDGED
+        way_out = "Raise --prune.held-out-share, or give" if len(dataset) > least else "Give"
         raise ConfigError(
-            f"prune.held_out_share must hold out at least {2 * LEAST_JUDGED} of the "
-            f"{len(dataset)} images, on which losses are compared, got "
-            f"{config.prune.held_out_share}, which holds out {len(held_out)}. Raise "
-            "--prune.held-out-share, or give more images."
+            f"prune.held_out_share must hold out at least {least} images, on which losses are "
+            f"compared, got {config.prune.held_out_share}, which of {len(dataset)} holds out "
+            f"{len(held_out)}. {way_out} more images."
         )
 
 

@@ -9,7 +9,7 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.run import RunConfig, digest, from_json, with_absolute_paths, with_data
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.latents import prepare_latents, training_data
-from tdc_ray.data.load import load_dataset
+from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.errors import CheckpointError, ConfigError
@@ -138,7 +138,7 @@ def prune_model(
     allow_tf32(allowed=config.compute.tf32)
     _check_settings(config, milliseconds)
     check_out(out, unet)
-    config = with_base_samples(config, unet)
+    config = with_base_samples(replace(config, data=with_commit(config.data)), unet)
     space = space_of(network, config.prune.space, config.prune.channel_multiple)
     _check_data(config, network)
     check_finite([unet])

@@ -42,7 +42,7 @@ from tdc_ray.runs.budget import (
     timing_of,
     with_time_left,
 )
-from tdc_ray.runs.choices import with_choices, with_steps_of
+from tdc_ray.runs.choices import with_choices, with_pretrained, with_steps_of
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.comparison import (
     LongerBase,
@@ -78,7 +78,6 @@ from tdc_ray.runs.pipelines import save_index
 from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
-from tdc_ray.runs.pretrained.sources import pretrained_base
 from tdc_ray.runs.results import Results, load_results, save_results
 from tdc_ray.runs.same_images import check_images, note_images, warn_of_other_images
 from tdc_ray.runs.stages.base import checkpoint_of_moments, make_base
@@ -127,7 +126,7 @@ def run(
     began = started if began is None else began
     run_dir = RunDir(resolve_path(folder).resolve())
     config = with_absolute_paths(config)
-    pretrained = pretrained_base(config)
+    config, pretrained = with_pretrained(config, run_dir.config)
     config = with_base_samples(with_first_stage(config, pretrained), pretrained)
     config = with_choices(config, run_dir.config)
     refuse_other_settings(run_dir.config, config, "run directory", "--run-dir")

@@ -217,6 +217,6 @@ def _named(source: str, data: DataConfig, argument: str) -> DataConfig:
     Raises:
         ConfigError: It names none.
     """
-    if source not in BUNDLED and not Path(source).expanduser().exists():
+    if source not in BUNDLED and not resolve_path(source).exists():
         raise ConfigError(f"{argument} {source} does not exist.")
     return data_config(source, data, argument)

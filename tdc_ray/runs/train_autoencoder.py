@@ -21,7 +21,7 @@ from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.run import named_differences
 from tdc_ray.data.batches import augment, batches, fixed_batches, held_out_split, to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
-from tdc_ray.data.load import load_dataset
+from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.train import LossWindow, TrainState, start_state, update
 from tdc_ray.errors import StorageError
@@ -70,6 +70,8 @@ def train_autoencoder(
     """
     started = time.perf_counter()
     config, out = _with_absolute_path(config), resolve_path(out)
+    before = read_json(out / SETTINGS_FILE) if exists(out / SETTINGS_FILE) else None
+    config = replace(config, data=with_commit(config.data, before and before["data"]["path"]))
     dataset = load_dataset(config.data)
     log_summary(config.data)
     rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
@@ -231,7 +233,7 @@ def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
     path = config.data.path
     if path is None or config.data.is_on_hub:
         return config
-    return replace(config, data=replace(config.data, path=str(Path(path).expanduser().resolve())))
+    return replace(config, data=replace(config.data, path=str(resolve_path(path).resolve())))
 
 
 def _keep_settings(out: Path, config: AutoencoderConfig) -> None:

@@ -71,12 +71,14 @@ because it is moved into place."""
 def resolve_path(path: Path | str) -> Path:
     """Return the local path of what a user names: a URI's mirror, else the path itself.
 
+    A leading ``~`` is the home folder, and part of the name where there is no such user.
+
     Raises:
         StorageError: The URI is incomplete, or its scheme is unknown or not installed.
     """
     match = _URI.fullmatch(str(path))  # a Path of a URI has lost some of its slashes
     if match is None:
-        return Path(path)
+        return Path(os.path.expanduser(path))  # noqa: PTH111 Path's own raises for unknown users
     scheme, rest = match[1].lower(), (match[2] or "").strip("/")
     if scheme in ("file", "local"):
         return Path("/", rest)

@@ -173,10 +173,12 @@ def test_a_path_that_cannot_be_looked_for_is_refused(arguments, name, capsys):
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [["status"], ["run", "--run-dir"], ["ls"]])
+@pytest.mark.parametrize(
+    "arguments", [["status"], ["run", "--run-dir"], ["ls"], ["sample", ".", "--prompts"]]
+)
 def test_the_home_of_nobody_is_refused(arguments, capsys):
-    assert run_command([*arguments, "~nobody-here/run"]) == 1
-    assert "~nobody-here/run cannot be looked for: Could not" in capsys.readouterr().err
+    assert run_command([*arguments, "~nobody-here/run.txt"]) == 1
+    assert "~nobody-here/run.txt cannot be looked for: Could not" in capsys.readouterr().err
 
 
 def test_the_folder_of_a_run_that_names_none_is_looked_at(tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.presets import STEPS_BY_SIZE, images
 from tdc_ray.config.run import named_differences, to_json
+from tdc_ray.errors import DataError
 from tdc_ray.models.unet2d.unet import build_unet
 from tdc_ray.runs.own_images import BY_SIDE
 from tdc_ray.storage.files import write_json
@@ -96,6 +97,11 @@ def test_of_folders_that_are_splits_the_one_to_train_on_is_taken():
     config = settings_of("--data", "img")
     assert config.data.path == "img/train"
     assert config.conditioning.num_classes == 2
+    fill(Path("parts"), "test/1.png", "val/1.png")
+    with pytest.raises(DataError, match="holds the splits test and val, and none to train on"):
+        settings_of("--data", "parts")
+    fill(Path("above/again"), "train/a/1.png", "train/b/1.png", "test/a/2.png")
+    assert settings_of("--data", "above").data.path == "above/again/train"
     fill(Path("img"), "1.png")
     assert settings_of("--data", "img").data.path == "img"
     Path("img/1.png").unlink()
@@ -282,3 +288,21 @@ def test_the_settings_that_follow_from_the_side_are_known_by_name():
         changes = named_differences(to_json(images()), to_json(other))
         found |= {change.split()[0] for change in changes}
     assert found == set(BY_SIDE)
+
+
+@pytest.mark.parametrize(
+    ("count", "labels", "words"),
+    [
+        (1, [0], "the images that scores are against must be at least 2, got 1. Give more"),
+        (3, None, "compared, got 0.1, which of 3 holds out 1. Give more images."),
+        (30, None, "which of 30 holds out 3. Raise --prune.held-out-share, or give more images."),
+    ],
+)
+def test_too_few_images_are_refused_before_work(capsys, count, labels, words):
+    arrays = {"images": random_pixels(count, 8, 8)} | ({"labels": labels} if labels else {})
+    np.savez("a.npz", **arrays)
+    arguments = ["run", "--data", "a.npz", "--dry-run"]
+    if labels is None:
+        arguments += ["--evaluate.features", "none"]
+    assert run_command(arguments) == 1
+    assert words in " ".join(capsys.readouterr().err.split())

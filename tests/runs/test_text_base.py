@@ -290,6 +290,8 @@ def test_prompts_are_files_only_where_they_look_like_one(tmp_path, monkeypatch):
     (tmp_path / "cat").write_text("a dog\n")
     given = ["cat", "~nobody-of-this-name/ at sea", "x" * 5000 + "/", "black/white", "./cat"]
     assert prompts_named(given, "prompts") == (*given[:-1], "a dog")
+    with pytest.raises(ConfigError, match=r"prompts ~nobody-here/x\.txt does not exist"):
+        prompts_named(["~nobody-here/x.txt"], "prompts")
 
 
 def test_code_that_lies_with_a_text_encoder_is_not_run(pipeline, monkeypatch):

@@ -17,7 +17,7 @@ from tdc_ray.config.run import RunConfig, digest, with_absolute_paths, with_data
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.config.validation import errors_together, refuse, require
 from tdc_ray.data.images import images_config
-from tdc_ray.data.load import current_fingerprint
+from tdc_ray.data.load import current_fingerprint, with_commit
 from tdc_ray.diffusion.plan import AFTER_STAGE_1, Plan
 from tdc_ray.diffusion.schedule import NoiseProcess
 from tdc_ray.errors import ConfigError
@@ -196,7 +196,7 @@ def _only_here(temporary: TemporaryFolder | None) -> Path | None:
 def _with_images(config: RunConfig, images: Any, base: Base, root: Path) -> RunConfig:
     classes = config.conditioning.num_classes is not None
     data = images_config(images, config.data, root / "images", classes=classes)
-    config = with_absolute_paths(with_data(config, data))
+    config = with_absolute_paths(with_data(config, with_commit(data, config.data.path)))
     return with_base_samples(config, base.pretrained)
 
 

@@ -57,9 +57,9 @@ class PlanCommand:
 
             config = with_choices(with_absolute_paths(config))
         if config.model.base is not None:
-            from tdc_ray.runs.pretrained.sources import pretrained_base  # imports torch
+            from tdc_ray.runs.choices import with_pretrained  # imports torch
 
-            base = pretrained_base(config)
+            config, base = with_pretrained(config)
         plan = show_plan(config, base, console)
         write_json(folder / "plan.json", to_json(plan))
         plot_plan(plan, folder / "plan.png")

@@ -84,18 +84,18 @@ class RunCommand:
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
         from tdc_ray.runs.budget import steps_by_count
-        from tdc_ray.runs.choices import with_choices
+        from tdc_ray.runs.choices import with_choices, with_pretrained
         from tdc_ray.runs.preflight import check
         from tdc_ray.runs.pretrained.importer import with_first_stage
-        from tdc_ray.runs.pretrained.sources import pretrained_base
         from tdc_ray.runs.stages.base_samples import with_base_samples
 
         if self.dry_run:
-            base = pretrained_base(config)
-            config = with_first_stage(with_absolute_paths(config), base)
-            config = with_choices(with_base_samples(config, base), RunDir(folder).config)
+            recorded = RunDir(folder).config
+            config, base = with_pretrained(with_absolute_paths(config), recorded)
+            config = with_base_samples(with_first_stage(config, base), base)
+            config = with_choices(config, recorded)
             _, space, plan = check(config, base)
-            if not exists(RunDir(folder).config):
+            if not exists(recorded):
                 config = steps_by_count(config, plan, space.macs_base)
             check_local_ray()
             console.print(config)

@@ -4,12 +4,9 @@ That library (the extra ``datasets``) finds, fetches and memory-maps them; image
 It runs no code that comes with a data set and unpickles nothing.
 """
 
-import functools
 import hashlib
 import json
-import logging
 import os
-import re
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,14 +16,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from tdc_ray.config.data import DataConfig, HubDataset, hub_dataset
+from tdc_ray.config.data import DataConfig
+from tdc_ray.config.hub import HubName, hub_dataset
 from tdc_ray.data.sources.encoded import EncodedImages, Names, class_labels
 from tdc_ray.data.sources.image_file import Encoded, Member
-from tdc_ray.data.sources.imagefolder import OTHER_SPLIT, caption_of
+from tdc_ray.data.sources.imagefolder import caption_of
 from tdc_ray.data.sources.parquet import WITHOUT_BYTES, caption_column, columns
-from tdc_ray.data.sources.walk import in_train, subfolders
+from tdc_ray.data.sources.walk import OTHER_SPLIT, in_train, subfolders
 from tdc_ray.errors import DataError
 from tdc_ray.storage.files import read_json
+from tdc_ray.storage.object_store import resolve_path
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,10 +39,6 @@ INFO = "dataset_info.json"
 
 HUB_SECONDS = 10
 """How long the hub has to answer whether there is a data set."""
-
-COMMIT = re.compile("[0-9a-f]{40}")
-
-logger = logging.getLogger(__name__)
 
 
 def open(config: DataConfig) -> "ArrowImages":
@@ -70,8 +65,8 @@ def list_images(config: DataConfig) -> "ArrowImages":
             "to_parquet writes, are read without."
         )
     left_out = Counter[str]()
-    rows, roots = _load(config.path, left_out)
-    return ArrowImages(config, rows, roots, left_out)
+    rows, roots, commit = _load(config.path, left_out)
+    return ArrowImages(config, rows, roots, left_out, commit)
 
 
 def is_saved(folder: Path) -> bool:
@@ -84,7 +79,12 @@ class ArrowImages(EncodedImages):
     """The rows of a memory-mapped data set that have an image."""
 
     def __init__(
-        self, config: DataConfig, rows: "Dataset", roots: list[Path], left_out: Counter[str]
+        self,
+        config: DataConfig,
+        rows: "Dataset",
+        roots: list[Path],
+        left_out: Counter[str],
+        commit: str | None = None,
     ) -> None:
         """Find the columns of images, labels and, where they are read, captions.
 
@@ -93,6 +93,7 @@ class ArrowImages(EncodedImages):
             rows: All of its columns.
             roots: Folders whose files a row may name in place of its image's bytes.
             left_out: What was left out before.
+            commit: The one that was taken of a data set on the hub, if that is known.
 
         Raises:
             DataError: There is no column of images, or no image, or it is damaged.
@@ -106,6 +107,7 @@ class ArrowImages(EncodedImages):
             caption = caption_column(rows.features.arrow_schema, path)
         wanted = [name for name in (image, label, caption) if name is not None]
         self._fingerprint, self._image, self._roots = rows._fingerprint, image, roots
+        self.commit = commit
         # Of what is not saved but cached it follows from the commit, or the files' times.
         self._files = [] if roots else [Path(file["filename"]) for file in rows.cache_files]
         rows = rows.with_format(None)  # a saved data set keeps its own, such as pandas
@@ -188,22 +190,22 @@ def _has_image(stored: "ChunkedArray", *, has_files: bool) -> NDArray[np.bool_]:
     return np.asarray(has_image)
 
 
-def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
-    """Return the split to train on, and the folders whose files its rows may name.
+def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path], str | None]:
+    """Return the split to train on, the folders whose files its rows may name, and the commit.
 
     Raises:
         DataError: It cannot be had.
     """
-    folder, hub = Path(path).expanduser(), hub_dataset(path)
+    folder, hub = resolve_path(path), hub_dataset(path)
     try:
         if hub is not None:
             return _from_hub(hub, left_out)
         if is_saved(folder):
-            return _saved(folder.resolve(), left_out), []
+            return _saved(folder.resolve(), left_out), [], None
         import datasets
 
         loaded = datasets.load_dataset(str(folder.resolve()), keep_in_memory=False)
-        return loaded[_train_split(list(loaded), path, left_out)], [folder.resolve()]
+        return loaded[_train_split(list(loaded), path, left_out)], [folder.resolve()], None
     except DataError:
         raise
     except Exception as error:
@@ -218,7 +220,7 @@ def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
         ) from error
 
 
-def _from_hub(hub: HubDataset, left_out: Counter[str]) -> tuple["Dataset", list[Path]]:
+def _from_hub(hub: HubName, left_out: Counter[str]) -> tuple["Dataset", list[Path], str | None]:
     """Fetch a data set, or find it in the cache.
 
     Raises:
@@ -227,32 +229,27 @@ def _from_hub(hub: HubDataset, left_out: Counter[str]) -> tuple["Dataset", list[
     import datasets
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    name, commit = hub.name, hub.revision
+    name, newest = hub.repository, None
     try:  # Once: load_dataset asks for half a minute, where there is no network.
         api = HfApi(endpoint=datasets.config.HF_ENDPOINT)
-        commit = api.dataset_info(name, revision=commit, timeout=HUB_SECONDS).sha
+        newest = api.dataset_info(name, revision=hub.revision, timeout=HUB_SECONDS).sha
     except Exception:
-        known = try_to_load_from_cache(name, "README.md", revision=commit, repo_type="dataset")
+        known = try_to_load_from_cache(
+            name, "README.md", revision=hub.revision, repo_type="dataset"
+        )
         if known is None:
             raise
-    loaded = datasets.load_dataset(name, hub.config_name, revision=commit, keep_in_memory=False)
+    # By the revision as it is named, under which the cache then knows it without a network.
+    loaded = datasets.load_dataset(
+        name, hub.config_name, revision=hub.revision, keep_in_memory=False
+    )
     rows = loaded[_train_split(list(loaded), name, left_out)]
     # Without a network it takes whatever commit is cached, in a folder of that name.
-    kept = Path(rows.cache_files[0]["filename"]).parent.name
-    if COMMIT.fullmatch(kept) and COMMIT.fullmatch(commit or "") and kept != commit:
-        raise DataError(f"data.path {name}@{commit} is not cached, but commit {kept}: name that.")
-    if hub.revision is None and logger.isEnabledFor(logging.INFO):
-        _log_commit(name, kept if commit is None else commit)
+    kept = HubName(name, Path(rows.cache_files[0]["filename"]).parent.name).commit
+    if None not in (kept, hub.commit) and kept != hub.commit:
+        raise DataError(f"data.path {hub} is not cached, but commit {kept}: name that.")
     caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
-    return rows, [Path(cache).expanduser().resolve() for cache in caches]
-
-
-@functools.cache  # it is opened several times
-def _log_commit(name: str, commit: str) -> None:
-    logger.info(
-        "data set %s of the Hugging Face hub at commit %s; %s@%s names it for good",
-        *(name, commit) * 2,
-    )
+    return rows, [Path(cache).expanduser().resolve() for cache in caches], kept or newest
 
 
 def _saved(folder: Path, left_out: Counter[str]) -> "Dataset":

@@ -14,7 +14,13 @@ from torch import Tensor
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.sources.encoded import MAX_NAMED, EncodedImages, Names
 from tdc_ray.data.sources.image_file import is_plain
-from tdc_ray.data.sources.walk import HIDDEN, image_paths, subfolders
+from tdc_ray.data.sources.walk import (
+    HIDDEN,
+    OTHER_SPLIT,
+    image_paths,
+    in_other_split,
+    subfolders,
+)
 from tdc_ray.errors import DataError
 
 MAX_PROBED = 1000
@@ -48,7 +54,13 @@ def list_images(config: DataConfig) -> "FolderImages":
         raise DataError(f"data.path {root} must be a folder of images (data.source folder).")
     paths, labels, left_out = Names(), array("q"), Counter[str]()
     classes: list[str] = []
+    above, is_other = "", False
     for path in image_paths(root, left_out):
+        if (parent := path.rpartition("/")[0]) != above:
+            above, is_other = parent, in_other_split(root, parent)
+        if is_other:
+            left_out[OTHER_SPLIT] += 1
+            continue
         paths.append(path)
         if config.labels_from_folders:
             folder, below, _ = path.partition("/")
@@ -120,7 +132,12 @@ class FolderImages(EncodedImages):
 
 def warn_of_others(images: FolderImages) -> None:
     """Warn of the files that are left out."""
-    num_others = images.left_out.total() - images.left_out[HIDDEN]
+    if images.left_out[OTHER_SPLIT]:
+        num_others = images.left_out[OTHER_SPLIT]
+        logger.warning(
+            "%d images in %s are left out, being %s", num_others, images.root, OTHER_SPLIT
+        )
+    num_others = sum(count for _, count in _other_kinds(images.left_out))
     if num_others:
         logger.warning(
             "%d of %d files in %s are left out, being of kinds that are not read: %s",
@@ -144,8 +161,12 @@ def check_found(root: Path, num_images: int, left_out: Counter[str]) -> None:
 
 
 def _kinds(left_out: Counter[str]) -> str:
-    kinds = (one for one in left_out.most_common() if one[0] != HIDDEN)
-    return ", ".join(f"{count} {suffix}" for suffix, count in kinds)
+    return ", ".join(f"{count} {suffix}" for suffix, count in _other_kinds(left_out))
+
+
+def _other_kinds(left_out: Counter[str]) -> list[tuple[str, int]]:
+    """Return the suffixes of the files that are not read, and how many have them."""
+    return [one for one in left_out.most_common() if one[0] not in (HIDDEN, OTHER_SPLIT)]
 
 
 def _check_classes(root: Path, classes: list[str]) -> None:

@@ -17,14 +17,14 @@ import torch
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.sources.encoded import MAX_NAMED, Names, class_labels
 from tdc_ray.data.sources.folder import FolderImages, check_found
-from tdc_ray.data.sources.walk import file_paths, image_paths, in_train, is_split
+from tdc_ray.data.sources.walk import OTHER_SPLIT, file_paths, image_paths, in_train, is_split
 from tdc_ray.errors import DataError
 
 METADATA = ("metadata.jsonl", "metadata.csv")
 """Names of the files that tell a Hugging Face image folder from others."""
 
-OTHER_SPLIT, UNNAMED = "of another split than train", "not named by metadata"
-"""Reasons why a file is left out."""
+UNNAMED = "not named by metadata"
+"""Reason why a file is left out."""
 
 CAPTION = "text"
 """Column of the captions, as ``datasets`` and the training scripts of diffusers name it."""
@@ -67,10 +67,11 @@ def list_images(config: DataConfig) -> FolderImages:
     found = list(image_paths(root, left_out))
     for name in METADATA:
         del left_out[Path(name).suffix]
-    takes_train = is_split(found)
+    folders = [path.rpartition("/")[0] for path in found]  # of an image's own name train is a word
+    takes_train = is_split(folders)
     paths, captions, labels = Names(), Names(), []
-    for path in found:
-        if takes_train and not in_train(path):
+    for path, folder in zip(found, folders, strict=True):
+        if takes_train and not in_train(folder):
             left_out[OTHER_SPLIT] += 1
             rows.pop(path, None)
         elif path in rows:

@@ -19,6 +19,7 @@ from tdc_ray.data.pixels import resize_all
 from tdc_ray.data.sources.npz_files import NpzFile, NpzImages, open_npz, unpack
 from tdc_ray.data.sources.walk import is_hidden
 from tdc_ray.errors import CorruptFileError, DataError
+from tdc_ray.storage.object_store import resolve_path
 
 IN_MEMORY_BYTES = 2**28
 """npz files whose images take more than this, as they are or once brought to size, are not read
@@ -52,7 +53,7 @@ def open(config: DataConfig) -> ImageDataset:
         raise DataError(f"data.path {path} holds no image.")
     count, resized = sum(len(file) for file in files), math.prod(config.shape)
     if count * max(math.prod(files[0].image_shape), resized) > IN_MEMORY_BYTES:
-        cache_dir = Path(config.cache_dir).expanduser()
+        cache_dir = resolve_path(config.cache_dir)
         unpacked = readable(lambda file: unpack(file, cache_dir), files)
         return NpzImages(unpacked, _labels(path, [file.npz for file in unpacked]), config)
     read = readable(lambda file: (file, resize_all(file.read(), config, file.to_tensor)), files)

@@ -127,7 +127,9 @@ def columns(schema: Any, path: Path | str) -> tuple[str, str | None]:
             return named[0], None
     for name in labels:
         kind = schema.field(name).type
-        if types.is_integer(kind) or types.is_string(kind) or types.is_large_string(kind):
+        value = kind.value_type if types.is_dictionary(kind) else kind  # a categorical of pandas
+        is_number = types.is_integer(value) or types.is_boolean(value)
+        if is_number or types.is_string(value) or types.is_large_string(value):
             return named[0], name
         logger.warning("column %s of %s is no label: its type is %s", name, path, kind)
     return named[0], None

@@ -25,11 +25,12 @@ from numpy.typing import NDArray
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.sources.encoded import EncodedImages, Names, class_labels
 from tdc_ray.data.sources.image_file import Member
-from tdc_ray.data.sources.imagefolder import OTHER_SPLIT, Label
-from tdc_ray.data.sources.walk import file_paths, in_train, is_split
+from tdc_ray.data.sources.imagefolder import Label
+from tdc_ray.data.sources.walk import OTHER_SPLIT, file_paths, in_train, is_split
 from tdc_ray.errors import DataError, StorageFailedError
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
+from tdc_ray.storage.object_store import resolve_path
 
 VERSION = 2
 """Rises with what is in an index, so that older ones are made again."""
@@ -179,7 +180,7 @@ def list_shards(
             copies.
     """
     assert config.path is not None  # DataConfig's own rule
-    path, cache_dir = Path(config.path), Path(config.cache_dir).expanduser()
+    path, cache_dir = Path(config.path), resolve_path(config.cache_dir)
     paths = shard_paths(path, suffix)
     if not paths:
         raise DataError(f"data.path {path} holds no {suffix} file (data.source {config.source}).")

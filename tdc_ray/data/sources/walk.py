@@ -29,6 +29,9 @@ OF_SYSTEMS = frozenset(
 HIDDEN = "hidden"
 """Under which :func:`image_paths` counts what is nobody's data."""
 
+OTHER_SPLIT = "of another split than train"
+"""Reason why a file is left out."""
+
 TRAIN = frozenset({"train", "training"})
 OTHER_SPLITS = frozenset(
     {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
@@ -79,20 +82,48 @@ def is_split(paths: Sequence[str]) -> bool:
 def train_folder(root: Path) -> Path | None:
     """Return the folder ``train`` of a data set whose folders are its parts.
 
-    None means that there is none, or that there are images or folders of other names beside it.
+    They may lie below a folder that has nothing beside it, as unpacked archives have. None means
+    that there is none, or that there are images or folders of other names beside it.
 
     Raises:
-        DataError: The folder cannot be listed, or a link leads to nothing.
+        DataError: The folder cannot be listed, a link leads to nothing, or it is not known which
+            of several parts to take.
     """
-    entries = _entries(root, Counter())
-    train = [name for name, is_folder in entries if is_folder and name.lower() in TRAIN]
-    others = [
-        name
-        for name, is_folder in entries
-        if (name.lower() not in TRAIN | OTHER_SPLITS)
-        and (is_folder or Path(name).suffix.lower() in image_suffixes())
-    ]
-    return root / train[0] if len(train) == 1 and not others else None
+    trail = [root.resolve()]
+    while True:
+        entries = _entries(root, Counter())
+        parts = [n for n, is_folder in entries if is_folder and n.lower() in TRAIN | OTHER_SPLITS]
+        train = [name for name in parts if name.lower() in TRAIN]
+        others = {
+            name: is_folder
+            for name, is_folder in entries
+            if (name.lower() not in TRAIN | OTHER_SPLITS)
+            and (is_folder or Path(name).suffix.lower() in image_suffixes())
+        }
+        if len(parts) > 1 and not (train or others):
+            raise DataError(
+                f"{root} holds the splits {' and '.join(parts)}, and none to train on, such as "
+                "train. Name the folder of the one to take."
+            )
+        if parts or list(others.values()) != [True]:
+            return root / train[0] if len(train) == 1 and not others else None
+        root /= next(iter(others))
+        if _leads_back(root, trail):
+            return None
+        trail.append(root.resolve())
+
+
+def in_other_split(root: Path, folder: str) -> bool:
+    """Whether a folder below ``root`` lies in a part of a data set beside one to train on.
+
+    Raises:
+        DataError: A folder cannot be listed, or a link leads to nothing.
+    """
+    folders = folder.split("/")
+    return any(
+        name.lower() in OTHER_SPLITS and train_folder(root.joinpath(*folders[:depth])) is not None
+        for depth, name in enumerate(folders)
+    )
 
 
 def subfolders(root: Path) -> list[str]:
@@ -149,7 +180,7 @@ def _entries(folder: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:
         raise DataError(f"{folder} cannot be listed: {error}.") from error
 
 
-def _leads_back(folder: Path, trail: tuple[Path, ...]) -> bool:
+def _leads_back(folder: Path, trail: Sequence[Path]) -> bool:
     """Whether a folder is a link to one of those that it lies in, or above them."""
     if not folder.is_symlink():
         return False

@@ -154,7 +154,7 @@ def check_features(data: DataConfig, evaluate: EvaluateConfig) -> None:
     if evaluate.features in ("clip", "dinov2"):
         check_folder(evaluate.features, evaluate)
     elif evaluate.features in ("auto", "inception"):
-        named, cache = evaluate.inception_path, resolve_path(evaluate.cache_dir).expanduser()
+        named, cache = evaluate.inception_path, resolve_path(evaluate.cache_dir)
         if named is not None or exists(cache / INCEPTION_FILE):
             _inception_folder(named, cache)
             return
@@ -206,7 +206,7 @@ def _available_features(
     if wanted == "none":
         return None
     check_labels(data, evaluate)
-    dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir).expanduser()
+    dataset, cache = load_dataset(data), resolve_path(evaluate.cache_dir)
     is_drawn = data.source == BASE_SAMPLES  # a score against the base's own samples is no FID
     fingerprint, moments = dataset.fingerprint(), cache / "moments"
     if wanted in HUB_MODELS:

@@ -74,7 +74,7 @@ def hub_folder(kind: HubKind, evaluate: EvaluateConfig) -> Path:
     name = evaluate.features_model or HUB_MODELS[kind]
     folder = resolve_path(name)
     if not exists(folder):
-        cache = resolve_path(evaluate.cache_dir).expanduser()
+        cache = resolve_path(evaluate.cache_dir)
         folder = cache / "networks" / name.replace("/", "--")
         if not all(exists(folder / file) for file in FILES):
             _download(name, folder)

@@ -241,7 +241,7 @@ def with_first_stage(config: RunConfig, base: PretrainedBase | None) -> RunConfi
     if not isinstance(base.first_stage, PackedFirstStage):
         return config
     (file,) = base.files
-    cache = resolve_path(config.evaluate.cache_dir).expanduser()
+    cache = resolve_path(config.evaluate.cache_dir)
     folder = cache / "first_stages" / file_digest(fetch(file))[:16]
     if not exists(folder):
         logger.info("extracting the first stage of %s into %s", base.source, display_path(folder))

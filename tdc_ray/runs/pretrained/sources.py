@@ -18,8 +18,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import EDM_FIELDS, BetaSchedule, PredictionType
-from tdc_ray.config.model import HUB_NAME
-from tdc_ray.config.run import RunConfig, from_json
+from tdc_ray.config.hub import hub_base
+from tdc_ray.config.run import from_json
 from tdc_ray.config.sampler import BASE
 from tdc_ray.diffusion.samplers import EDM_SCHEDULERS, NEEDED, SETTING_OF, is_flow_class
 from tdc_ray.diffusion.schedule import recognise
@@ -79,7 +79,7 @@ class PretrainedBase:
     """A base that was found; its weights are not converted yet."""
 
     source: str
-    """As the user names it."""
+    """As the user names it, on the hub with the commit that was taken."""
 
     unet: NetworkConfig
     """Its UNet's settings; of a checkpoint file without ``sample_size`` and heads."""
@@ -113,12 +113,6 @@ class PretrainedBase:
     """Its source and the scheduler's file, in words, where that alone says what it predicts."""
 
 
-def pretrained_base(config: RunConfig) -> PretrainedBase | None:
-    """Return the base that a run starts from, or None where it trains its own."""
-    base = config.model.base
-    return None if base is None else resolve_base(base, config.diffusion.prediction_type)
-
-
 def resolve_base(source: str, predicts: PredictionType | None = None) -> PretrainedBase:
     """Find the base that a user names.
 
@@ -140,14 +134,15 @@ def _opened(source: str) -> PretrainedBase:
     """Find the base that a user names, whatever it predicts."""
     kind, colon, path = source.partition(":")
     if kind in FILES and colon:
-        file = Path(path).expanduser()
+        file = resolve_path(path)
         state = load_state_dict(file)
         try:
             return FILES[kind](source, file, state)
         except CheckpointError as error:
             raise CheckpointError(f"{source} is no such checkpoint: {error}") from error
-    folder = resolve_path(source).expanduser()
-    folder = folder if exists(folder) else _from_hub(source)
+    folder = resolve_path(source)
+    if not exists(folder):
+        source, folder = _from_hub(source)
     for opened in FOLDERS:
         if (base := opened(source, folder)) is not None:
             return base
@@ -628,21 +623,27 @@ def images_of(first_stage: Path, size: int | tuple[int, int] | None) -> dict[str
     return {"num_channels": channels, "image_size": (factor * height, factor * width)}
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str) -> tuple[str, Path]:
     """Download a repository's settings and safetensors, or find them in the hub's cache.
 
     Variants are left out, but for networks that have their weights in variants alone.
+
+    Returns:
+        The name with the commit that was taken, and the folder.
     """
-    if HUB_NAME.fullmatch(name) is None:
-        raise CheckpointError(f"{name} does not exist, and is no name on the hub (owner/name).")
+    hub = hub_base(name)
+    if hub is None:
+        raise CheckpointError(f"{name} does not exist, and is no name on the hub (OWNER/NAME).")
     try:
         downloaded = Path(
             snapshot_download(
-                name,
+                hub.repository,
+                revision=hub.revision,
                 allow_patterns=["*.json", "*.safetensors", "tokenizer*/*"],
                 ignore_patterns=["*.fp16*", "*non_ema*", "safety_checker/*"],
             )
         )
+        commit = downloaded.name
         networks = [path.parent for path in downloaded.rglob("config.json")]
         lacking = [
             (network.relative_to(downloaded) / "*model*").as_posix()  # of a text encoder, too
@@ -651,14 +652,14 @@ def _from_hub(name: str) -> Path:
         ]
         if lacking:
             patterns = [lack + suffix for lack in lacking for suffix in (".json", ".safetensors")]
-            snapshot_download(name, allow_patterns=patterns)
+            snapshot_download(hub.repository, revision=commit, allow_patterns=patterns)
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"{name} is neither a folder here nor available from the Hugging Face hub: "
             f"{str(error).splitlines()[0].rstrip('.')}. Download it where there is a network, and "
             "give its folder."
         ) from error
-    return downloaded
+    return str(hub.at(commit)), downloaded
 
 
 def json_object(path: Path) -> dict[str, Any]:

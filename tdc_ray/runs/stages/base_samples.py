@@ -124,7 +124,7 @@ def with_base_samples(config: RunConfig, base: PretrainedBase | Path | None) -> 
             f"data.prompts goes with a base that is conditioned on text, got {data.prompts} with "
             "one that is not. Leave it out."
         )
-    cache = resolve_path(config.evaluate.cache_dir).expanduser()
+    cache = resolve_path(config.evaluate.cache_dir)
     folder = cache / FOLDER / json_digest(document)[:16]
     if not exists(folder / SAMPLES_FILE):
         write_json(folder / SAMPLES_FILE, document)

@@ -21,8 +21,9 @@ from ray.tune.logger import JsonLoggerCallback
 from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
-from tdc_ray.config.run import RunConfig, with_absolute_paths
+from tdc_ray.config.run import RunConfig, recorded_settings, with_absolute_paths
 from tdc_ray.config.sweep import SweepConfig
+from tdc_ray.data.load import with_commit
 from tdc_ray.errors import ConfigError, TdcError, WorkFailedError
 from tdc_ray.execution.events import EventSink, listening
 from tdc_ray.execution.ray.cache_session import start_claim_registry
@@ -32,16 +33,16 @@ from tdc_ray.execution.ray.workers import check_capacity
 from tdc_ray.models.config_file import with_file
 from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
-from tdc_ray.runs.choices import with_choices
+from tdc_ray.runs.choices import with_choices, with_pretrained
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
-from tdc_ray.runs.pretrained.sources import pretrained_base, resolve_base
+from tdc_ray.runs.pretrained.sources import resolve_base
 from tdc_ray.runs.run import local_cpus
 from tdc_ray.runs.stages.base_samples import with_base_samples
 from tdc_ray.runs.stages.base_trainer import check_cluster, storage_of
-from tdc_ray.runs.sweep.results import SweepResults, open_results
+from tdc_ray.runs.sweep.results import CONFIG_FILE, SweepResults, open_results
 from tdc_ray.runs.sweep.space import Domain, Params, check_space, grid, setting_name, with_params
 from tdc_ray.runs.sweep.study import distribution, open_storage, reconcile
 from tdc_ray.runs.sweep.table import SweepTable
@@ -100,9 +101,13 @@ def sweep(
     """
     folder = resolve_path(folder).resolve()
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
-    config = with_absolute_paths(config)
-    pretrained = pretrained_base(config)
+    recorded = folder / CONFIG_FILE
+    config, pretrained = with_pretrained(with_absolute_paths(config), recorded)
     config = with_first_stage(config, pretrained)
+    before = recorded_settings(recorded)
+    config = replace(
+        config, data=with_commit(config.data, None if before is None else before.data.path)
+    )
     if not any(name.startswith("model.") for name in space):
         config = replace(config, model=with_file(config.model))  # once for all trials
     check_space(space, config, sweep_config, points)

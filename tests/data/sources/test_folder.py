@@ -12,6 +12,7 @@ from tdc_ray.data.batches import batches
 from tdc_ray.data.load import load_dataset
 from tdc_ray.data.sources import folder
 from tdc_ray.data.sources.folder import list_images
+from tdc_ray.data.sources.walk import train_folder
 from tdc_ray.errors import CorruptFileError, DataError
 from tests.images import everything, folder_config, random_pixels
 
@@ -43,6 +44,36 @@ def test_images_of_any_mode_are_brought_to_grey_or_colour(tmp_path, mode, num_ch
     images, _ = everything(load_dataset(folder_config(tmp_path, num_channels=num_channels)))
     assert images.shape == (1, 8, 8, num_channels)
     assert np.all(images == 255)
+
+
+def test_of_classes_with_splits_the_images_to_train_on_are_taken(tmp_path, caplog):
+    for value, name in enumerate(("cat/train", "cat/test", "dog/train", "dog/val")):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8), value).save(tmp_path / name / "a.png")
+    dataset = load_dataset(folder_config(tmp_path, num_channels=1, labels_from_folders=True))
+    images, labels = everything(dataset)
+    assert (images[:, 0, 0, 0].tolist(), labels) == ([0, 2], [0, 1])
+    assert dataset.left_out == {"of another split than train": 2}
+    said = f"2 images in {tmp_path} are left out, being of another split than train"
+    assert caplog.messages == [said]
+
+
+@pytest.mark.parametrize(
+    ("names", "num_classes"), [(("test", "train", "tram"), 3), (("test", "tram/train"), 2)]
+)
+def test_a_class_that_is_called_test_is_one_of_several(tmp_path, names, num_classes):
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("L", (8, 8)).save(tmp_path / name / "a.png")
+    dataset = load_dataset(folder_config(tmp_path, labels_from_folders=True))
+    assert (len(dataset), dataset.num_classes) == (len(names), num_classes)
+
+
+def test_folders_that_link_to_each_other_are_looked_into_once(tmp_path):
+    for name, other in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "on").symlink_to(tmp_path / other)
+    assert train_folder(tmp_path / "a") is None
 
 
 def test_images_of_other_sizes_are_brought_to_size(tmp_path):

@@ -82,6 +82,12 @@ def test_of_splits_the_one_to_train_on_is_read(tmp_path, where):
     assert dataset.left_out == {"of another split than train": 1}
 
 
+def test_an_image_named_train_makes_no_split(tmp_path):
+    dots(tmp_path, "train_1.png", "tram.png")
+    rows(tmp_path / "metadata.jsonl", {"file_name": "train_1.png"}, {"file_name": "tram.png"})
+    assert len(load_dataset(config_of(tmp_path))) == 2
+
+
 @pytest.mark.parametrize(
     "name", ["../secret.png", "/etc/a.png", "a/../../b.png", "", None, 3, "."]
 )

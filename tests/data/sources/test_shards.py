@@ -216,6 +216,15 @@ def test_hugging_faces_own_notes_say_which_columns_hold_images_and_classes(tmp_p
     assert values(load_dataset(config_of("parquet", tmp_path))) == [(1, 4)]
 
 
+@pytest.mark.parametrize(
+    "labels", [pa.array(["b", "a", "b"]).dictionary_encode(), [True, False, True]]
+)
+def test_categories_and_truth_values_are_labels(tmp_path, config_of, labels):
+    contents = [encoded(value) for value in range(3)]
+    write_parquet(tmp_path / "a.parquet", {"image": structs(*contents), "label": labels})
+    assert values(load_dataset(config_of("parquet", tmp_path))) == [(0, 1), (1, 0), (2, 1)]
+
+
 def test_a_column_that_holds_no_labels_is_said(tmp_path, config_of, caplog):
     columns = {"image": structs(encoded(1)), "label": [0.5], "labels": [3]}
     write_parquet(tmp_path / "a.parquet", columns)
