@@ -122,15 +122,18 @@ def test_an_oracle_that_was_interrupted_measures_nothing_again(tmp_path, monkeyp
 
     losses = iter([0.5, 0.25, 0.75, 1.0])
     monkeypatch.setattr(partner_bound, "load_base", lambda *_: None)
-    monkeypatch.setattr(partner_bound, "measure", lambda *_: next(losses))
+
+    def value(*_: object) -> float:
+        return next(losses)
+
     search = task_of(make_run_dir(tmp_path), small_config())
     for _ in range(2):
-        known = partner_bound.knowledge_of(search, "judge", 8, float, tmp_path, "all")
+        known = partner_bound.knowledge_of(search, "judge", 8, value, tmp_path, "all")
         assert [known({"a": (0, 1)}), known({"a": (0,)}), known({"a": (0, 1)})] == [0.5, 0.25, 0.5]
-    on_more = partner_bound.knowledge_of(search, "judge", 9, float, tmp_path, "all")
+    on_more = partner_bound.knowledge_of(search, "judge", 9, value, tmp_path, "all")
     assert on_more({"a": (0,)}) == 0.75
     monkeypatch.setattr(partner_bound, "IMAGES_VERSION", partner_bound.IMAGES_VERSION + 1)
-    on_others = partner_bound.knowledge_of(search, "judge", 8, float, tmp_path, "all")
+    on_others = partner_bound.knowledge_of(search, "judge", 8, value, tmp_path, "all")
     assert on_others({"a": (0,)}) == 1.0
 
 
