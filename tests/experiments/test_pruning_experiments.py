@@ -12,6 +12,7 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.chain import run_chain
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import language_model_proxy
 from tdc_ray.pruning.proxies.offline import offline_proxy
@@ -87,6 +88,25 @@ def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(t
     others = tuple(one for one in nonsense.candidates if not one.entry.is_by_llm)
     assert others == offline.candidates
     assert nonsense.entry.final.rank <= offline.entry.final.rank
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_oracle_has_measured_what_is_better_by_what_it_knows(tmp_path):
+    from partner_bound import all_knowing
+
+    few = {"num_images": 16, "num_refit_images": 16, "num_rounds": 1, "num_candidates": 2}
+    config = small_config(plan={"min_macs_share": 0.3}, prune={"method": "llm", **few})
+    search = task_of(make_run_dir(tmp_path), config)
+    unit = search.space.units[0]
+
+    def known(kept: KeptIndices) -> float:
+        return -len(kept[unit.name])
+
+    proxies = {"offline": offline_proxy, "llm": all_knowing(known)}
+    found = run_chain(search_submodel(search, MemoryBank(tmp_path / "memory.jsonl"), proxies))
+    widths = [(one.entry.is_by_llm, one.entry.widths[unit.name]) for one in found.candidates]
+    before = max(width for is_by_llm, width in widths if not is_by_llm)
+    assert max(width for is_by_llm, width in widths if is_by_llm) == min(before + 2, unit.width)
 
 
 @pytest.mark.usefixtures("importable")
