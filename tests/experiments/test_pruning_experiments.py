@@ -106,7 +106,7 @@ def test_an_oracle_has_measured_what_is_better_by_what_it_knows(tmp_path):
     found = run_chain(search_submodel(search, MemoryBank(tmp_path / "memory.jsonl"), proxies))
     widths = [(one.entry.is_by_llm, one.entry.widths[unit.name]) for one in found.candidates]
     before = max(width for is_by_llm, width in widths if not is_by_llm)
-    assert max(width for is_by_llm, width in widths if is_by_llm) == min(before + 2, unit.width)
+    assert max(width for is_by_llm, width in widths if is_by_llm) >= min(before + 2, unit.width)
 
 
 @pytest.mark.usefixtures("importable")
