@@ -69,6 +69,7 @@ width: the knapsack's. next down, next up: the next legal width: what it adds to
   An increase of 0 means that the prediction did not rise above its noise, not that it is free.
 factor: measured over predicted cost of the unit, as far as this group's measurements tell.
 best of group: the unit's width in the best measured scheme of this and the nearest other groups.
+images: how many noised images a scheme was measured on, and which draw of them.
 increase: {increase}.
 Cuts were predicted {how}.{scale}
 

@@ -83,6 +83,7 @@ def test_entries_tell_predicted_and_measured_round_source_images_and_noise():
     text = content(MEMORY)
     own = next(line for line in text.splitlines() if line.endswith("| why"))
     assert own.startswith("1 | llm | 45 of choice | 0.004 | 0.0061234 | 1.531 | ")
+    assert "images: how many noised images a scheme was measured on" in text
     assert "+0.006123 ± 0.00012" in own
     assert "measured / predicted: 1.140, deviation 0.55" in text
     other = next(line for line in text.splitlines() if line.startswith("3 | 1 | llm"))
