@@ -1,9 +1,9 @@
 """How much memory what Stable Diffusion 3 reads of captions takes: encoded, and kept by a search.
 
-    python -m tests.caption_memory --num-captions 768 --out experiments/results/caption_memory.json
+    python -m tests.caption_memory --num-captions 480 --out experiments/results/caption_memory.json
 
-The pipeline is a tiny one of random weights whose T5 is as wide as Stable Diffusion 3's: 333 states
-of 4,096 channels, 5.5 MB a caption. Measured is anonymous memory, which no file stands behind: how
+The pipeline is a tiny one of random weights whose T5 is as wide as that of Stable Diffusion 3: 333
+states of 4,096 channels, 5.5 MB a caption. Measured is anonymous memory, which no file backs: how
 far it rises at most while prompts are encoded into the cache, and by how much it has risen where
 the noised images of a refit are kept.
 
@@ -73,6 +73,7 @@ def captioned(folder: Path, pipeline: Path, num_captions: int) -> RunConfig:
         rows.append(json.dumps({"file_name": name, "text": "ab"[number % 2]}))
     (folder / "images/metadata.jsonl").write_text("\n".join(rows))
     return small_config(
+        sampler={"clip_sample": False, "num_inference_steps": 4, "guidance_scale": 2.0},
         data={
             "source": "imagefolder",
             "path": str(folder / "images"),
@@ -82,7 +83,6 @@ def captioned(folder: Path, pipeline: Path, num_captions: int) -> RunConfig:
             "text_encoder": str(pipeline),
         },
         evaluate={"cache_dir": str(folder / "cache"), "features": "none"},
-        sampler={"clip_sample": False, "num_inference_steps": 4, "guidance_scale": 2.0},
         prune={"num_refit_images": num_captions, "batch_size": 16},
     )
 
@@ -111,17 +111,15 @@ def measure(folder: Path, num_captions: int) -> dict[str, Any]:
 def main() -> None:
     """Measure, and write the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--num-captions", type=int, default=768)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--num-captions", type=int, default=480)
+    parser.add_argument("--out", type=Path, required=True)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), asked.num_captions)
     command = " ".join(["python -m tests.caption_memory", *sys.argv[1:]])
     record = {"made_by": {"command": command, "commit": commit(), "machine": machine()}, **found}
-    print(json.dumps(record, indent=2))
-    if asked.out:
-        write_json(asked.out, record)
+    write_json(asked.out, record)
 
 
 if __name__ == "__main__":

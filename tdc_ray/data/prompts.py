@@ -156,29 +156,29 @@ def prompt_encodings(
         negative_prompt: What guidance leads away from; None means the default, which is beside
             the prompts in any case.
     """
-    wanted: list[tuple[str, str, Sequence[str], str | None]] = [(key, STATES_FILE, prompts, None)]
+    wanted: dict[str, tuple[str, Sequence[str], str | None]] = {STATES_FILE: (key, prompts, None)}
     if negative_prompt is not None:
         name = negative_file(negative_prompt)
-        wanted.append((f"{key}, negative", name, prompts[:1], negative_prompt))
-    items, size = list[WorkItem[EncodePromptsJob, EncodedPrompts]](), (data.height, data.width)
-    for name_of_item, name, texts, negative in wanted:
-        path = folder / name
-        if exists(path):
-            continue
-        pipeline, result_path = check_text_encoder(data.text_encoder), path.with_suffix(".json")
-        remove(result_path)  # without the states it is no result
-        items.append(
-            WorkItem(
-                key=name_of_item,
-                function=encode_into,
-                job=EncodePromptsJob(pipeline, tuple(texts), size, path, negative),
-                result_path=result_path,
-                cost=float(len(texts)),
-                files=(path,),
-                result_type=EncodedPrompts,
-            )
-        )
-    return items
+        wanted[name] = (f"{key}, negative", prompts[:1], negative_prompt)
+    paths = {folder / name: what for name, what in wanted.items()}
+    return [_encoding(data, path, *what) for path, what in paths.items() if not exists(path)]
+
+
+def _encoding(
+    data: DataConfig, path: Path, key: str, prompts: Sequence[str], negative_prompt: str | None
+) -> WorkItem[EncodePromptsJob, EncodedPrompts]:
+    pipeline, size = check_text_encoder(data.text_encoder), (data.height, data.width)
+    result_path = path.with_suffix(".json")
+    remove(result_path)  # without the states it is no result
+    return WorkItem(
+        key=key,
+        function=encode_into,
+        job=EncodePromptsJob(pipeline, tuple(prompts), size, path, negative_prompt),
+        result_path=result_path,
+        cost=float(len(prompts)),
+        files=(path,),
+        result_type=EncodedPrompts,
+    )
 
 
 def encode_into(job: EncodePromptsJob, report: Report) -> EncodedPrompts:
