@@ -11,8 +11,8 @@ are held out from both, and on the same noise: paired by image, with Student's 9
 every group and over all timesteps alike. Scores, against the data set in both cases, are of one
 sampling seed. Both are sampled with, and limited by, the preset's plan and sampler.
 
-Hardware and hours: with `--architecture tiny --plans 0.5 4 --no-scores`, beside the base, about two
-minutes of a CPU core; the presets' own networks were not run. Interrupted, it resumes.
+Hardware and hours: with `--architecture tiny --plans 0.5 4 --no-scores` some two minutes of a CPU
+core beside the base; the presets' own networks were not run. Interrupted, it resumes.
 
 The paper has no such table: it has the data sets of all its bases.
 """
