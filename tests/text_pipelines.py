@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import transformers
@@ -25,6 +25,8 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+
+from tdc_ray.errors import ClusterError
 
 PROMPTS = ("a red square", "a blue circle", "a cat")
 
@@ -135,12 +137,13 @@ def t5(width: int) -> Any:
     return transformers.T5EncoderModel(transformers.T5Config(vocab_size=4 + len(LETTERS), **sizes))
 
 
-def stable_diffusion_3(folder: Path) -> DiffusionPipeline:
+def stable_diffusion_3(folder: Path, width: int = 32) -> DiffusionPipeline:
+    """With states of prompts so wide."""
     return StableDiffusion3Pipeline(
         vae=autoencoder(shift_factor=0.1),
         text_encoder=transformers.CLIPTextModelWithProjection(clip_config(8)),
         text_encoder_2=transformers.CLIPTextModelWithProjection(clip_config(16)),
-        text_encoder_3=t5(32),
+        text_encoder_3=t5(width),
         tokenizer=clip_tokenizer(folder),
         tokenizer_2=clip_tokenizer(folder),
         tokenizer_3=t5_tokenizer(),
@@ -151,7 +154,7 @@ def stable_diffusion_3(folder: Path) -> DiffusionPipeline:
             num_layers=2,
             num_attention_heads=4,
             attention_head_dim=8,
-            joint_attention_dim=32,
+            joint_attention_dim=width,
             caption_projection_dim=32,
             pooled_projection_dim=24,
             pos_embed_max_size=8,
@@ -228,3 +231,14 @@ def save(pipeline: Any, folder: Path) -> Path:
     pipeline(folder).save_pretrained(folder / "pipe")
     (folder / "prompts.txt").write_text("\n\n".join(PROMPTS))
     return folder / "pipe"
+
+
+def stop(*_: object) -> NoReturn:
+    """Stop a run where it is called."""
+    raise ClusterError("stopped")
+
+
+def made(run: Path) -> dict[Path, int]:
+    """When every file of a run's base and experts was written, in nanoseconds."""
+    files = [*run.glob("base/unet/*"), *run.glob("experts/expert-*/*")]
+    return {path: path.stat().st_mtime_ns for path in files}

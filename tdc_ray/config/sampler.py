@@ -23,6 +23,7 @@ LATER_SAMPLER_FIELDS = (
     "of_base",
     "use_clipped_model_output",
     "compile",
+    "negative_prompt",
 )
 """Settings that came after the first run directories and cached images were named."""
 
@@ -69,6 +70,10 @@ class SamplerConfig:
     guidance_scale: NonNegativeFloat = 1.0
     """Weight s of classifier-free guidance, unconditional + s (conditional - unconditional), for
     which every step takes two forward passes; 1: none."""
+
+    negative_prompt: str | None = None
+    """What guidance leads away from, in words, for all images of models that are conditioned on
+    text; None: what the base's own pipeline does by default, such as the empty prompt."""
 
     steps_offset: Annotated[int, Field(ge=0, le=1)] = 0
     """Added to every sampled timestep (1 for latent diffusion), where they are spaced as leading

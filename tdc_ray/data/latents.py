@@ -17,10 +17,17 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.data.batches import to_minus_one_one
 from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import images_fingerprint, load_dataset
-from tdc_ray.data.prompts import STATES_FILE, empty_prompt, encoding_of_prompts, load_states
+from tdc_ray.data.prompts import STATES_FILE, empty_prompt, load_states, prompt_encodings
 from tdc_ray.data.sources.base import BaseSamples
 from tdc_ray.data.sources.encoded import Names
-from tdc_ray.data.tensor_shards import CLASSES, missing_shards, named, read_rows, shard_path
+from tdc_ray.data.tensor_shards import (
+    CLASSES,
+    missing_shards,
+    named,
+    read_rows,
+    shard_path,
+    write_tensors,
+)
 from tdc_ray.errors import DataError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.device import worker_device
@@ -30,7 +37,7 @@ from tdc_ray.models.labels import CaptionDropout
 from tdc_ray.models.text_encoder import (
     PromptStates,
     check_text_encoder,
-    encode_prompts,
+    prompt_parts,
     text_encoder_digest,
 )
 from tdc_ray.storage.digest import json_digest
@@ -80,10 +87,14 @@ class TrainingData:
             return load_dataset(self.data)
         return _open_latents(self.data, self.latents)
 
-    def prompts(self) -> PromptStates | None:
-        """Return the states of the prompts that images are drawn for; None if for none."""
+    def prompts(self, negative_prompt: str | None = None) -> PromptStates | None:
+        """Return the states of the prompts that images are drawn for; None if for none.
+
+        Args:
+            negative_prompt: What guidance leads away from; None means the default.
+        """
         folder = self._states_folder()
-        return None if folder is None else load_states(folder)
+        return None if folder is None else load_states(folder, negative_prompt)
 
     def caption_dropout(self, share: float) -> CaptionDropout | None:
         """Return the dropout of captions that networks are trained with; None without."""
@@ -162,8 +173,14 @@ def training_data(data: DataConfig, cache_dir: str) -> TrainingData:
     return TrainingData(data, resolve_path(cache_dir) / "latents" / key)
 
 
-def prepare_latents(training: TrainingData) -> Chain[None]:
-    """Compute the latents, or states of captions, that are missing, shard by shard."""
+def prepare_latents(training: TrainingData, negative_prompt: str | None = None) -> Chain[None]:
+    """Compute the latents, or states of captions, that are missing, shard by shard.
+
+    Args:
+        training: The images.
+        negative_prompt: What guidance leads away from, where images are drawn for captions; None
+            means the default.
+    """
     data, folder = training.data, training.latents
     if folder is None or data.source == BASE_SAMPLES:
         return
@@ -189,11 +206,11 @@ def prepare_latents(training: TrainingData) -> Chain[None]:
     if items:
         what = LATENTS if data.first_stage is not None else CAPTIONS
         logger.info("%s of %d images go to %s", what, sum(i.num_steps for i in items), folder)
-    if training.is_captioned and not exists(folder / STATES_FILE):
+    if training.is_captioned:
         captions = captions_of(data)
         most = min(count, MOST_PROMPTS)
         drawn = [captions[number * count // most] for number in range(most)]
-        items.append(encoding_of_prompts("latents/prompts", drawn, data, folder))
+        items += prompt_encodings("latents/prompts", drawn, data, folder, negative_prompt)
     if items:
         yield from results_of(items)
 
@@ -223,14 +240,18 @@ def encode_images(job: EncodeJob, report: Report) -> EncodeResult:
         report({}, start + len(numbers))
     name = IMAGES if stage is None else LATENTS
     tensors = {name: torch.cat(learnt).contiguous(), CLASSES: torch.cat(labels)}
-    if TrainingData(job.data).is_captioned:
-        captions = captions_of(job.data)
-        texts = [captions[number] for number in tensors["labels"].tolist()]
-        pipeline = check_text_encoder(job.data.text_encoder)
-        size = (job.data.height, job.data.width)
-        tensors |= named(CAPTIONS, encode_prompts(pipeline, texts, size, device).prompts)
     with atomic_path(job.path) as temporary:
-        save_file(tensors, temporary)
+        if TrainingData(job.data).is_captioned:
+            captions = captions_of(job.data)
+            texts = [captions[number] for number in tensors[CLASSES].tolist()]
+            pipeline = check_text_encoder(job.data.text_encoder)
+            size = (job.data.height, job.data.width)
+            parts = prompt_parts(pipeline, texts, size, device)
+            next(parts)  # what guidance leads away from
+            rows = (named(CAPTIONS, part) for part in parts)
+            write_tensors(temporary, tensors, job.count, rows)
+        else:
+            save_file(tensors, temporary)
     return EncodeResult(job.count)
 
 

@@ -8,22 +8,28 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.data.tensor_shards import named, unnamed
+from tdc_ray.data.tensor_shards import named, unnamed, write_tensors
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.item import Report, WorkItem
 from tdc_ray.models.labels import Captions, map_captions
-from tdc_ray.models.text_encoder import PromptStates, check_text_encoder, encode_prompts
+from tdc_ray.models.text_encoder import PromptStates, check_text_encoder, prompt_parts
+from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, exists, fetch, remove
 from tdc_ray.storage.object_store import display_path, resolve_path
 
 BUNDLED = Path(__file__).with_name("prompts.txt")
 
 STATES_FILE = "prompt_states.safetensors"
-"""File beside images, or latents, of their ``PromptStates``."""
+"""File beside images, or latents, of the states of their prompts, and of the empty one."""
+
+
+def negative_file(negative_prompt: str) -> str:
+    """Return the name of the file beside it of what a negative prompt is to the network."""
+    return f"negative_prompt-{json_digest(negative_prompt)[:16]}.safetensors"
 
 
 def read_prompts(path: str | None, setting: str = "data.prompts") -> tuple[str, ...]:
@@ -82,10 +88,13 @@ def _is_file(text: str) -> bool:
 
 
 @functools.lru_cache(maxsize=1)
-def load_states(folder: Path) -> PromptStates:
-    """Load the states in a folder."""
+def load_states(folder: Path, negative_prompt: str | None = None) -> PromptStates:
+    """Map the states in a folder, with what guidance leads away from: by default ""."""
     tensors = load_file(fetch(folder / STATES_FILE))
-    return PromptStates(unnamed("prompts", tensors), unnamed("empty", tensors))
+    negative = unnamed("empty", tensors)
+    if negative_prompt is not None:
+        negative = unnamed("empty", load_file(fetch(folder / negative_file(negative_prompt))))
+    return PromptStates(unnamed("prompts", tensors), negative)
 
 
 def empty_prompt(folder: Path) -> Captions:
@@ -104,12 +113,11 @@ def states_of_images(states: PromptStates, first: int, count: int) -> Captions:
 def conditions_of_images(states: PromptStates, first: int, count: int) -> dict[str, Captions]:
     """Return what a ``ProgressivePipeline`` is called with for some images.
 
-    Those are the images ``first`` to ``first + count - 1``, whose prompts take turns; guidance
-    leads away from the empty prompt.
+    Those are the images ``first`` to ``first + count - 1``, whose prompts take turns.
     """
     prompts = states_of_images(states, first, count)
-    empty = {name: states.empty[name].expand_as(tensor) for name, tensor in prompts.items()}
-    return {"prompt_embeds": prompts, "negative_prompt_embeds": empty}
+    negative = {name: states.negative[name].expand_as(one) for name, one in prompts.items()}
+    return {"prompt_embeds": prompts, "negative_prompt_embeds": negative}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +128,8 @@ class EncodePromptsJob:
     prompts: tuple[str, ...]
     size: tuple[int, int]
     path: Path
+    negative_prompt: str | None = None
+    """None means what guidance leads away from by default."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,25 +139,41 @@ class EncodedPrompts:
     num_prompts: int
 
 
-def encoding_of_prompts(
-    key: str, prompts: Sequence[str], data: DataConfig, folder: Path
-) -> WorkItem[EncodePromptsJob, EncodedPrompts]:
-    """Return the work of encoding prompts, and the empty one, into a folder.
+def prompt_encodings(
+    key: str,
+    prompts: Sequence[str],
+    data: DataConfig,
+    folder: Path,
+    negative_prompt: str | None = None,
+) -> list[WorkItem[EncodePromptsJob, EncodedPrompts]]:
+    """Return the work of encoding what is missing in a folder: prompts, and a negative one.
 
     Args:
         key: Of the work.
         prompts: The prompts.
         data: Names the pipeline that has the text encoder, and the size of the images.
         folder: Gets the states.
+        negative_prompt: What guidance leads away from; None means the default, which is beside
+            the prompts in any case.
     """
-    pipeline = check_text_encoder(data.text_encoder)
-    path = folder / STATES_FILE
+    wanted: dict[str, tuple[str, Sequence[str], str | None]] = {STATES_FILE: (key, prompts, None)}
+    if negative_prompt is not None:
+        name = negative_file(negative_prompt)
+        wanted[name] = (f"{key}, negative", prompts[:1], negative_prompt)
+    paths = {folder / name: what for name, what in wanted.items()}
+    return [_encoding(data, path, *what) for path, what in paths.items() if not exists(path)]
+
+
+def _encoding(
+    data: DataConfig, path: Path, key: str, prompts: Sequence[str], negative_prompt: str | None
+) -> WorkItem[EncodePromptsJob, EncodedPrompts]:
+    pipeline, size = check_text_encoder(data.text_encoder), (data.height, data.width)
     result_path = path.with_suffix(".json")
     remove(result_path)  # without the states it is no result
     return WorkItem(
         key=key,
         function=encode_into,
-        job=EncodePromptsJob(pipeline, tuple(prompts), (data.height, data.width), path),
+        job=EncodePromptsJob(pipeline, tuple(prompts), size, path, negative_prompt),
         result_path=result_path,
         cost=float(len(prompts)),
         files=(path,),
@@ -157,9 +183,9 @@ def encoding_of_prompts(
 
 def encode_into(job: EncodePromptsJob, report: Report) -> EncodedPrompts:
     """Encode prompts into a file, which appears when it is whole."""
-    states = encode_prompts(job.pipeline, job.prompts, job.size, worker_device())
-    report({}, 1)
-    tensors = {**named("prompts", states.prompts), **named("empty", states.empty)}
+    parts = prompt_parts(job.pipeline, job.prompts, job.size, worker_device(), job.negative_prompt)
+    negative, count = named("empty", next(parts)), len(job.prompts)
     with atomic_path(job.path) as temporary:
-        save_file(tensors, temporary)
-    return EncodedPrompts(states.num_prompts)
+        write_tensors(temporary, negative, count, (named("prompts", part) for part in parts))
+    report({}, 1)
+    return EncodedPrompts(count)

@@ -79,6 +79,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         guidance_scale: float = 1.0,
         use_clipped_model_output: bool = False,
         text_encoder: str | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
         """Create a pipeline.
 
@@ -99,6 +100,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             text_encoder: Folder of a diffusers pipeline that encodes prompts, for experts that are
                 conditioned on text; read when it is needed. None means that calls are given
                 states.
+            negative_prompt: What guidance leads away from when a call names nothing; None means
+                the default of the pipeline that encodes prompts, such as the empty one.
         """
         super().__init__()
         self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
@@ -106,7 +109,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.use_clipped_model_output = use_clipped_model_output
-        self.text_encoder = text_encoder
+        self.text_encoder, self.negative_prompt = text_encoder, negative_prompt
         self.winograd = False
         self.compile_mode: Compile = "none"
         self._compiled: dict[tuple[Denoiser, Compile], CompiledDenoiser] = {}
@@ -120,6 +123,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             guidance_scale=guidance_scale,
             use_clipped_model_output=use_clipped_model_output,
             text_encoder=text_encoder,
+            negative_prompt=negative_prompt,
         )
 
     @cached_property
@@ -140,13 +144,17 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         return bool(self._of_experts[1])
 
     def encode_prompts(
-        self, prompts: Sequence[str], device: torch.device | None = None
+        self,
+        prompts: Sequence[str],
+        device: torch.device | None = None,
+        negative_prompt: str | None = None,
     ) -> PromptStates:
         """Return what the experts read of prompts, by the text encoder of their base's pipeline.
 
         Args:
             prompts: The prompts.
             device: What computes; None means what the experts are on.
+            negative_prompt: What guidance leads away from; None means as planned.
 
         Raises:
             ConfigError: The experts are not conditioned on text, or their text encoder is not
@@ -164,7 +172,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         factor = 1 if self.first_stage is None else self.first_stage.factor
         _, height, width = self.shape
         size = factor * height, factor * width
-        return encode_prompts(folder, prompts, size, device or self.device)
+        negative = self.negative_prompt if negative_prompt is None else negative_prompt
+        return encode_prompts(folder, prompts, size, device or self.device, negative)
 
     def _check_named(self) -> None:
         """Refuse a URI that the folder alone names: it would be read with the user's keys."""
@@ -191,6 +200,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         class_labels: int | Sequence[int] | torch.Tensor | None = None,
         guidance_scale: float | None = None,
         prompt: str | Sequence[str] | None = None,
+        negative_prompt: str | None = None,
         prompt_embeds: torch.Tensor | Captions | None = None,
         negative_prompt_embeds: torch.Tensor | Captions | None = None,
         use_clipped_model_output: bool | None = None,
@@ -210,8 +220,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             guidance_scale: Weight of classifier-free guidance, at least 0; 1 means none, None as
                 planned.
             prompt: One for each image, or one for all, for experts that are conditioned on text;
-                their text encoder is read anew in every call (:meth:`encode_prompts`). Guidance
-                leads away from the empty prompt.
+                their text encoder is read anew in every call (:meth:`encode_prompts`).
+            negative_prompt: What guidance leads away from with ``prompt``, for all images; None
+                means as planned.
             prompt_embeds: In place of it states of prompts, as the ``encode_prompt`` of the base's
                 own pipeline returns them, ``(B, S, C)``; for experts that read more, a dictionary
                 by the names of their arguments, such as ``encoder_hidden_states`` and
@@ -233,14 +244,20 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             )
         labels = self._labels(class_labels, batch_size)
         spec = self._spec(num_inference_steps, eta, guidance_scale)
+        is_guided = spec.guidance_scale != 1
+        leads_away = prompt is not None and negative_prompt_embeds is None and is_guided
+        if negative_prompt is not None and not leads_away:
+            raise ConfigError(
+                "negative_prompt must come with prompt, without negative_prompt_embeds and with a "
+                f"guidance_scale other than 1, got {negative_prompt!r}. Leave it out."
+            )
         if prompt is not None:
             if prompt_embeds is not None:
                 raise ConfigError("prompt must be None with prompt_embeds: leave one of them out.")
-            embeds = self._encoded(prompt, batch_size)
+            embeds = self._encoded(prompt, batch_size, negative_prompt)
             prompt_embeds = embeds["prompt_embeds"]
             if negative_prompt_embeds is None:
                 negative_prompt_embeds = embeds["negative_prompt_embeds"]
-        is_guided = spec.guidance_scale != 1
         prompts = self._prompts(prompt_embeds, batch_size, needed=True)
         negative = self._prompts(negative_prompt_embeds, batch_size, needed=is_guided)
         if use_clipped_model_output is not None:
@@ -341,7 +358,9 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             winograd=self.winograd,
         )
 
-    def _encoded(self, prompt: str | Sequence[str], batch_size: int) -> dict[str, Captions]:
+    def _encoded(
+        self, prompt: str | Sequence[str], batch_size: int, negative_prompt: str | None
+    ) -> dict[str, Captions]:
         """Encode a call's prompts to one for each image."""
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if len(prompts) not in (1, batch_size):
@@ -349,7 +368,8 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 f"prompt must be one, or one per image: got {len(prompts)} for batch_size "
                 f"{batch_size}."
             )
-        return conditions_of_images(self.encode_prompts(prompts), 0, batch_size)
+        states = self.encode_prompts(prompts, negative_prompt=negative_prompt)
+        return conditions_of_images(states, 0, batch_size)
 
     def _prompts(
         self, given: torch.Tensor | Captions | None, batch_size: int, *, needed: bool
@@ -455,6 +475,7 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             num_inference_steps=self.num_inference_steps,
             eta=self.eta,
             guidance_scale=self.guidance_scale,
+            negative_prompt=self.negative_prompt,
         )
         index = index.model_copy(update={"text_encoder": self.text_encoder})
         if self.use_clipped_model_output != sampler.clips_epsilon:
@@ -623,4 +644,5 @@ def _assemble(
         guidance_scale=index.sampler.guidance_scale,
         use_clipped_model_output=index.sampler.clips_epsilon,
         text_encoder=index.text_encoder,
+        negative_prompt=index.sampler.negative_prompt,
     )

@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,8 +39,8 @@ class PromptStates:
 
     prompts: Captions
 
-    empty: Captions
-    """Of what guidance leads away from by default, such as the empty prompt: without batch."""
+    negative: Captions
+    """Of what guidance leads away from, such as the empty prompt: without batch."""
 
     @property
     def num_prompts(self) -> int:
@@ -204,15 +204,29 @@ def text_encoder_digest(pipeline: Path) -> str:
     return json_digest(document)
 
 
-@torch.inference_mode()
 def encode_prompts(
     pipeline: Path,
     prompts: Sequence[str],
     size: tuple[int, int],
     device: torch.device | None = None,
+    negative_prompt: str | None = None,
 ) -> PromptStates:
-    """Return what prompts are to a network, by the pipeline's own ``encode_prompt``.
+    """Return what prompts are to a network, all of them in memory (:func:`prompt_parts`)."""
+    negative, *parts = prompt_parts(pipeline, prompts, size, device, negative_prompt)
+    return PromptStates(join_captions(parts), negative)
 
+
+@torch.inference_mode()
+def prompt_parts(
+    pipeline: Path,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    device: torch.device | None = None,
+    negative_prompt: str | None = None,
+) -> Iterator[Captions]:
+    """Yield what prompts are to a network, by the pipeline's own ``encode_prompt``.
+
+    First comes what guidance leads away from, without batch, then the prompts, some at a time.
     Prompts of more tokens than the encoder takes are cut, as there, and a warning says how many.
 
     Args:
@@ -220,6 +234,8 @@ def encode_prompts(
         prompts: The prompts.
         size: Height and width of the images, in pixels.
         device: What computes; None means the CPU.
+        negative_prompt: What guidance leads away from; None means what it does by default, such as
+            from the empty prompt.
 
     Raises:
         CheckpointError: The pipeline's text encoders are missing or malformed.
@@ -249,12 +265,11 @@ def encode_prompts(
         if exists(folder / "transformer/config.json"):  # whose widths have zeros in place of T5's
             config = read_json(folder / "transformer/config.json")
             loaded.transformer = SimpleNamespace(config=SimpleNamespace(**config))
-        _warn_of_cut(loaded, prompts)
-        encoded = [
-            _encode(loaded, prompts[first : first + AT_ONCE], size, device, 0)
-            for first in range(0, len(prompts), AT_ONCE)
-        ]
-        empty = _encode(loaded, [""], size, device, 1)
+        _warn_of_cut(loaded, [*prompts, *([negative_prompt] if negative_prompt else [])])
+        negative = _encode(loaded, [""], size, device, 1, negative_prompt)
+        yield {name: tensor[0].clone() for name, tensor in negative.items()}
+        for first in range(0, len(prompts), AT_ONCE):
+            yield _encode(loaded, prompts[first : first + AT_ONCE], size, device, 0)
     except (OSError, *MALFORMED) as error:
         if is_from_outside(error):
             raise
@@ -262,13 +277,15 @@ def encode_prompts(
             f"{display_path(pipeline)} has no text encoder that can be used: "
             f"{type(error).__name__}: {error}"
         ) from error
-    return PromptStates(
-        join_captions(encoded), {name: tensor[0].clone() for name, tensor in empty.items()}
-    )
 
 
 def _encode(
-    loaded: Any, prompts: Sequence[str], size: tuple[int, int], device: torch.device, place: int
+    loaded: Any,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    device: torch.device,
+    place: int,
+    negative_prompt: str | None = None,
 ) -> Captions:
     """Encode prompts (place 0), or what guidance leads away from with them (place 1)."""
     encoding = _encoding_of(type(loaded).__name__)
@@ -279,6 +296,7 @@ def _encode(
         device=device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=place == 1,
+        **({} if negative_prompt is None else {"negative_prompt": [negative_prompt]}),
         **{name: call[name].default for name in _OF_CALL if name in taken},
     )
     sizes = _sizes(size)

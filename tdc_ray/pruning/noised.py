@@ -26,9 +26,11 @@ from tdc_ray.errors import UnsupportedModelError
 from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import captions_read, family_of, labels_for, steps_of
 from tdc_ray.models.forward import max_batch_size
+from tdc_ray.models.labels import map_labels
 from tdc_ray.models.precision import autocast
 from tdc_ray.models.step import State, num_untouched, run
 from tdc_ray.pruning.context import PruningContext
+from tdc_ray.pruning.spill import SpillBuffer
 from tdc_ray.seeds import derive_seed
 
 Purpose = Literal["scores", "refit", "choice", "held-out", "judge"]
@@ -79,6 +81,7 @@ def noised_batches(
     dataset, indices = context.data.open(), _images(context, purpose)
     size, start = prune.batch_size or max_batch_size(network), 0
     noise: Tensor | None = None
+    buffer = SpillBuffer()  # what a caption is takes megabytes
     few = max(1, round(share * count))
     for images, labels in fixed_batches(dataset, few, size, seed, indices=indices):
         x_0 = to_minus_one_one(images)
@@ -87,6 +90,8 @@ def noised_batches(
         part = slice(start, start + len(x_0))
         start += len(x_0)
         wanted = labels_for(network, labels)
+        if network.device.type == "cpu":
+            wanted = map_labels(buffer.keep_tensor, wanted)
         batch = NoisedBatch(x_0, noise[part], timesteps.start + offsets[part], wanted)
         yield batch.to(network.device)
 

@@ -182,7 +182,11 @@ def _labels(config: RunConfig) -> str | None:
     if num_classes is not None:
         return f"image i is of class i mod {num_classes}"
     prompts = training_data(config.data, config.evaluate.cache_dir).prompts()
-    return None if prompts is None else f"image i is of prompt i mod {prompts.num_prompts}"
+    if prompts is None:
+        return None
+    negative = config.sampler.negative_prompt
+    away = "" if negative is None else f", away from {negative!r}"
+    return f"image i is of prompt i mod {prompts.num_prompts}{away}"
 
 
 def item_results(run_dir: RunDir) -> list[ItemResult[dict[str, Any]]]:

@@ -33,7 +33,8 @@ def image_conditions(config: RunConfig, first: int, count: int) -> dict[str, Ten
         return {"class_labels": classes}
     if config.data.text_encoder is None:
         return {}
-    states = training_data(config.data, config.evaluate.cache_dir).prompts()
+    training = training_data(config.data, config.evaluate.cache_dir)
+    states = training.prompts(config.sampler.negative_prompt)
     return {} if states is None else {**conditions_of_images(states, first, count)}
 
 

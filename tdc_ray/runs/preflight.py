@@ -7,7 +7,8 @@ from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.image_size import image_size_of, size_text
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
-from tdc_ray.config.validation import errors_together, refuse
+from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.config.validation import errors_together, refuse, require
 from tdc_ray.data.batches import halves, held_out_split
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.latents import captions_of
@@ -108,7 +109,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: The data is missing or malformed.
         ConfigError: Model, labels and guidance are not compatible.
     """
-    check_prompts(config.data, config.conditioning, network)
+    check_prompts(config, network)
     dataset = load_dataset(config.data)
     log_summary(config.data)
     check_held_out(config, dataset)
@@ -150,15 +151,15 @@ def check_held_out(config: RunConfig, dataset: ImageDataset) -> None:
         )
 
 
-def check_prompts(
-    data: DataConfig, conditioning: ConditioningConfig, network: NetworkConfig
-) -> None:
+def check_prompts(config: RunConfig, network: NetworkConfig) -> None:
     """Check that images come with prompts, or captions, where a network reads them.
 
     Raises:
         ConfigError: They do not, or a network reads none.
         DataError: They are missing or malformed.
     """
+    data, conditioning = config.data, config.conditioning
+    check_negative_prompt(config.sampler, reads_text=reads_text(network))
     if not reads_text(network):
         if data.text_encoder is not None:
             raise ConfigError(
@@ -259,6 +260,22 @@ def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str
             f"{kind} {display_path(path.parent)} has other settings: {'; '.join(changed)}. Use "
             f"the same settings to resume it, or another {another}."
         )
+
+
+def check_negative_prompt(sampler: SamplerConfig, *, reads_text: bool) -> None:
+    """Check that a negative prompt is read by the network, and that guidance leads away from it.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    require(
+        "sampler",
+        sampler,
+        "negative_prompt",
+        "None for a base that is not conditioned on text, or with guidance_scale 1, which leads "
+        "away from nothing",
+        ok=sampler.negative_prompt is None or (reads_text and sampler.guidance_scale != 1),
+    )
 
 
 @errors_together()

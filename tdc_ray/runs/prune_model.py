@@ -250,7 +250,7 @@ def _check_data(config: RunConfig, network: NetworkConfig) -> None:
         DataError: It is missing or malformed.
     """
     check_shape(config.data, network, "this model")
-    check_prompts(config.data, config.conditioning, network)
+    check_prompts(config, network)
     dataset, embeds = load_dataset(config.data), num_class_embeds(network)
     log_summary(config.data)
     if embeds and not dataset.num_classes:

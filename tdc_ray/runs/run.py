@@ -171,7 +171,8 @@ def run(
                 elif not exists(run_dir.real_images):
                     save_real_images(run_dir.real_images, config.data)
                 training = training_data(config.data, config.evaluate.cache_dir)
-                workers.run({"latents": prepare_latents(training)}, "latents")
+                latents = prepare_latents(training, config.sampler.negative_prompt)
+                workers.run({"latents": latents}, "latents")
                 trains_base = pretrained is None or config.compare.kind != "none"
                 stages = STAGES if trains_base else STAGES[1:]
                 hired = time.perf_counter()

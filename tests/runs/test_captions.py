@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from tdc_ray.cli.main import run_command
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig, to_json
 from tdc_ray.data.latents import prepare_latents, training_data
+from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.process import NoisedBatch
 from tdc_ray.execution.chain import run_chains
 from tdc_ray.execution.device import WorkerRank
@@ -31,7 +33,7 @@ from tdc_ray.storage.run_dir import RunDir
 
 pytest.importorskip("transformers")
 from tests.small import assert_same, context_of, group_of, small_config
-from tests.text_pipelines import of_pixels, save
+from tests.text_pipelines import made, of_pixels, save, stop
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +77,7 @@ def prepared(config: RunConfig) -> RunConfig:
 def empties_seen(monkeypatch: pytest.MonkeyPatch, config: RunConfig) -> list[bool]:
     """Have training note, image by image, whether its caption was replaced by the empty one."""
     assert config.data.text_encoder is not None
-    empty = encode_prompts(Path(config.data.text_encoder), [""], (8, 8)).empty[STATES]
+    empty = encode_prompts(Path(config.data.text_encoder), [""], (8, 8)).negative[STATES]
     seen, split = list[bool](), NoisedBatch.split
 
     def noted(batch: NoisedBatch, size: int) -> object:
@@ -131,3 +133,41 @@ def test_fine_tunes_drop_captions_too(prepared, tmp_path, monkeypatch):
     job = FinetuneJob(context, group, kept, prepared.finetune, 1, checkpoint)
     finetune_expert(job, lambda *_: None)
     assert 4 < sum(seen[:32]) < 28
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_on_captions_goes_from_start_to_end_and_resumes(
+    ray_cluster, config, tmp_path, monkeypatch
+):
+    """Base from scratch, plan, prune, refit, fine-tune, sample; images for prompts at the end."""
+    run, pipeline = tmp_path / "run", config.data.text_encoder
+    command = ["run", "--preset", "digits-smoke", "--run-dir", str(run)]
+    command += ["--model.config", f"{pipeline}/unet", "--data.text-encoder", pipeline]
+    command += ["--data.source", "imagefolder", "--data.path", config.data.path]
+    command += ["--conditioning.caption-dropout", "0.2", "--sampler.guidance-scale", "2"]
+    command += ["--sampler.negative-prompt", "c", "--sampler.num-inference-steps", "4"]
+    command += ["--base.num-steps", "20", "--finetune.num-steps", "4", "--plan.num-groups", "2"]
+    command += ["--prune.num-images", "16", "--prune.num-refit-images", "16"]
+    command += ["--prune.held-out-share", "0.25", "--evaluate.num-images", "8"]
+    command += ["--evaluate.features", "none", "--evaluate.cache-dir", str(tmp_path / "cache")]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("tdc_ray.runs.run.expert_times", stop)
+        assert run_command(command) == 1
+    before = made(run)
+    assert len(before) >= 4
+    assert not (run / "results.json").exists()
+    assert run_command(command) == 0
+    assert made(run) == before
+    results = json.loads((run / "results.json").read_text())
+    assert results["tdc"]["macs"] < results["base"]["macs"]
+    assert results["evaluation"]["labels"] == "image i is of prompt i mod 20, away from 'c'"
+
+    sample = ["sample", str(run), "--num-images", "2", "--prompts", "a", "b"]
+    assert run_command([*sample, "--out-dir", str(tmp_path / "drawn")]) == 0
+    experts = ProgressivePipeline.from_pretrained(run)
+    experts.set_progress_bar_config(disable=True)
+    assert experts.negative_prompt == "c"
+    expected = experts(2, prompt=["a", "b"], output_type="np").images
+    with np.load(tmp_path / "drawn/samples.npz") as drawn:
+        assert np.array_equal(drawn["arr_0"], expected)

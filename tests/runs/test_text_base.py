@@ -31,6 +31,7 @@ from tdc_ray.data.prompts import (
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, ExpertEntry, PipelineIndex
+from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.network_config import STATES
@@ -42,7 +43,7 @@ from tdc_ray.runs.pretrained.sources import resolve_base
 from tests.small import TINY, random_unet
 
 pytest.importorskip("transformers")
-from tests.text_pipelines import PROMPTS, save, stable_diffusion
+from tests.text_pipelines import PROMPTS, made, save, stable_diffusion, stop
 
 FEW = ("--prune.num-images", "16", "--prune.num-refit-images", "16", "--prune.num-levels", "1")
 FEW += ("--prune.num-rounds", "1", "--prune.num-candidates", "2", "--data.num-images", "20")
@@ -112,7 +113,7 @@ def test_it_is_pruned_on_images_that_it_draws_for_prompts(pipeline, tmp_path):
     (samples,) = (tmp_path / "cache/base_samples").iterdir()
     states = load_states(samples)
     assert torch.equal(states.prompts[STATES], states_of(pipeline, PROMPTS))
-    assert torch.equal(states.empty[STATES], states_of(pipeline, [""])[0])
+    assert torch.equal(states.negative[STATES], states_of(pipeline, [""])[0])
 
 
 @pytest.fixture(scope="module")
@@ -238,6 +239,62 @@ def test_prompts_are_sampled_by_turns_and_with_guidance(pipeline, experts, tmp_p
     assert PipelineIndex.load(tmp_path / "saved").text_encoder == str(pipeline)
 
 
+def test_a_negative_prompt_is_that_of_its_own_pipeline(pipeline, experts, tmp_path):
+    loaded = ProgressivePipeline.from_pretrained(experts)
+    own = StableDiffusionPipeline.from_pretrained(pipeline, safety_checker=None)
+    own.scheduler = loaded.scheduler
+    for one in (loaded, own):
+        one.set_progress_bar_config(disable=True)
+    told = {"generator": image_generators(0, 0, 2), "num_inference_steps": 2, "output_type": "np"}
+    told |= {"negative_prompt": ["ab"] * 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = 255 * own(["a cat", "a"], **told).images
+    drawn = loaded(2, prompt=["a cat", "a"], negative_prompt="ab", output_type="np").images
+    assert np.abs(drawn - expected).max() <= 1
+    assert (drawn != loaded(2, prompt=["a cat", "a"], output_type="np").images).any()
+    command = ["sample", str(experts), "--num-images", "2", "--prompts", "a cat", "a"]
+    command += ["--negative-prompt", "ab", "--out-dir", str(tmp_path)]
+    assert run_command(command) == 0
+    with np.load(tmp_path / "samples.npz") as sampled:
+        assert np.array_equal(sampled["arr_0"], drawn)
+    planned = ProgressivePipeline.from_pretrained(experts, sampler={"negative_prompt": "ab"})
+    planned.save_pretrained(tmp_path / "saved")
+    again = ProgressivePipeline.from_pretrained(tmp_path / "saved")
+    assert np.array_equal(again(2, prompt=["a cat", "a"], output_type="np").images, drawn)
+
+
+def test_a_negative_prompt_that_nothing_leads_away_from_is_refused(
+    pipeline, experts, tmp_path, capsys
+):
+    loaded = ProgressivePipeline.from_pretrained(experts)
+    states = states_of(pipeline, ["a"])
+    for told in ({"prompt_embeds": states}, {"prompt": "a", "guidance_scale": 1.0}):
+        with pytest.raises(ConfigError, match="negative_prompt must come with prompt, without"):
+            loaded(1, negative_prompt="b", **told)
+    command = ["sample", str(experts), "--prompts", "a", "--out-dir", str(tmp_path)]
+    assert run_command([*command, "--negative-prompt", "b", "--guidance-scale", "1"]) == 1
+    assert "negative_prompt must come with prompts and a guidance scale" in capsys.readouterr().err
+    negative = ("--sampler.negative-prompt", "b")
+    assert prune(pipeline, tmp_path / "out", *negative, "--sampler.guidance-scale", "1") == 1
+    assert "sampler.negative_prompt must be None for a base that is" in capsys.readouterr().err
+    digits = ["run", "--preset", "digits-smoke", "--dry-run", "--run-dir", str(tmp_path / "run")]
+    assert run_command([*digits, *negative]) == 1
+    assert "sampler.negative_prompt must be None for a base that is" in capsys.readouterr().err
+
+
+def test_images_are_drawn_away_from_a_negative_prompt(pipeline, tmp_path):
+    settings = ("--sampler.negative-prompt", "a cat")
+    assert prune(pipeline, tmp_path / "out", *settings, "--prune.method", "magnitude") == 0
+    (samples,) = (tmp_path / "cache/base_samples").iterdir()
+    document = json.loads((samples / "samples.json").read_text())
+    assert document["sampler"]["negative_prompt"] == "a cat"
+    states = encode_prompts(pipeline, PROMPTS, (16, 16), negative_prompt="a cat")
+    found = load_states(samples, "a cat")
+    assert torch.equal(found.negative[STATES], states.negative[STATES])
+    assert torch.equal(found.prompts[STATES], states.prompts[STATES])
+    plain = load_states(samples)
+    assert torch.equal(plain.negative[STATES], states_of(pipeline, [""])[0])
+
+
 def test_prompts_that_cannot_be_sampled_are_refused(experts, tmp_path, capsys):
     plain = tmp_path / "plain"
     save_expert(plain / "expert-00", random_unet(), TINY, keep_everything(units_for(TINY, {})))
@@ -309,16 +366,27 @@ def test_code_that_lies_with_a_text_encoder_is_not_run(pipeline, monkeypatch):
 
 @pytest.mark.ray
 @pytest.mark.slow
-def test_experts_of_it_draw_within_its_own_pipeline(ray_cluster, pipeline, tmp_path, capsys):
+def test_experts_of_it_draw_within_its_own_pipeline(
+    ray_cluster, pipeline, tmp_path, capsys, monkeypatch
+):
     run = tmp_path / "run"
     command = ["run", "--base", str(pipeline), "--data", "base", "--finetune.num-steps", "4"]
     command += ["--data.prompts", str(pipeline.parent / "prompts.txt"), *FEW]
     command += ["--plan.num-groups", "2", "--evaluate.num-images", "8", "--run-dir", str(run)]
     command += ["--prune.held-out-share", "0.25"]
     command += ["--evaluate.cache-dir", str(tmp_path / "cache"), "--evaluate.features", "none"]
+    command += ["--sampler.negative-prompt", "a cat"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("tdc_ray.runs.run.expert_times", stop)
+        assert run_command(command) == 1
+    before = made(run)
+    assert not (run / "results.json").exists()
     assert run_command(command) == 0
+    assert made(run) == before
     results = json.loads((run / "results.json").read_text())
     assert results["tdc"]["macs"] < results["base"]["macs"]
+    labels = results["evaluation"]["labels"]
+    assert labels == "image i is of prompt i mod 3, away from 'a cat'"
     with np.load(run / "evaluation/tdc/0000000.npz") as drawn:
         assert drawn["arr_0"].shape == (8, 16, 16, 3)
 

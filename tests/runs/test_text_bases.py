@@ -83,8 +83,8 @@ def load(pipeline: Path) -> Any:
 
 
 def told(states: PromptStates) -> dict[str, dict[str, Tensor]]:
-    empty = {name: states.empty[name].expand_as(one) for name, one in states.prompts.items()}
-    return {"prompt_embeds": dict(states.prompts), "negative_prompt_embeds": empty}
+    negative = {name: states.negative[name].expand_as(one) for name, one in states.prompts.items()}
+    return {"prompt_embeds": dict(states.prompts), "negative_prompt_embeds": negative}
 
 
 def seeded() -> list[torch.Generator]:
@@ -108,6 +108,11 @@ def test_its_own_pipeline_draws_the_same(kind, pipeline):
     states = told(encode_prompts(pipeline, prompts, kind.sides))
     drawn = ours(2, seeded(), 4, output_type="pt", **states).images
     torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-4)
+    away = own(prompts, negative_prompt=["a cat"] * 2, generator=seeded(), **few).images
+    negative = told(encode_prompts(pipeline, prompts, kind.sides, negative_prompt="a cat"))
+    drawn = ours(2, seeded(), 4, output_type="pt", **negative).images
+    torch.testing.assert_close(drawn, away, rtol=1e-4, atol=1e-4)
+    assert (away - expected).abs().max() > 1e-3
     for name, tensor in states["prompt_embeds"].items():
         other = {**states["prompt_embeds"], name: torch.zeros_like(tensor)}
         without = ours(2, seeded(), 4, output_type="pt", **{**states, "prompt_embeds": other})

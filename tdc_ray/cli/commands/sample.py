@@ -43,6 +43,9 @@ class SampleCommand:
     prompts: tuple[str, ...] = ()
     """Prompts, which take turns over the images, for experts conditioned on text; or text files
     of them, one a line, named by NAME.txt, or by a path with / in it."""
+    negative_prompt: Annotated[str | None, arg(aliases=("--sampler.negative-prompt",))] = None
+    """What guidance leads away from, in words, for all prompts; default: as the run was planned,
+    or as the base's own pipeline does."""
     text_encoder: Annotated[str | None, arg(aliases=("--data.text-encoder",))] = None
     """Folder of the diffusers pipeline that encodes the prompts; default: that of the base, where
     it was, unless that is a URI."""
@@ -110,6 +113,8 @@ class SampleCommand:
         changes = {name: value for name, value in asked.items() if value}
         if self.scheduler is not None:  # the settings of the run's are another's
             changes = {**asked, "eta": 0.0, "use_clipped_model_output": None}
+        if self.negative_prompt is not None:
+            changes["negative_prompt"] = self.negative_prompt
         if changes and self.num_inference_steps is not None:
             changes["num_inference_steps"] = self.num_inference_steps
         pipeline = ProgressivePipeline.from_pretrained(
@@ -124,6 +129,12 @@ class SampleCommand:
             raise ConfigError(
                 "prompts must be given for experts that are conditioned on text. Name some, or a "
                 "text file of them, by --prompts."
+            )
+        scale = pipeline.guidance_scale if self.guidance_scale is None else self.guidance_scale
+        if self.negative_prompt is not None and (scale == 1 or not prompts):
+            raise ConfigError(
+                "negative_prompt must come with prompts and a guidance scale other than 1, got "
+                f"{self.negative_prompt!r} with {scale:g}. Set --guidance-scale, or leave it out."
             )
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         # Before the experts are there: a text encoder may be larger than they are.

@@ -5,8 +5,6 @@ later blocks, are solved for so that on noised images of the group's timesteps t
 what the base's does. No gradient step is taken.
 """
 
-import tempfile
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -22,13 +20,11 @@ from tdc_ray.models.step import State, Step, Stream, is_cut
 from tdc_ray.pruning.noised import first_state
 from tdc_ray.pruning.refit.error_weights import ErrorWeights
 from tdc_ray.pruning.refit.least_squares import ActivationHook, LeastSquares, ReadLayer
+from tdc_ray.pruning.spill import SpillBuffer
 from tdc_ray.seeds import derive_seed
 
 GATE_RIDGE = 0.1
 """Least squared gate of a channel, as a share of its mean over the images, that is divided by."""
-
-BYTES_IN_MEMORY = 2 * 2**30
-"""Most bytes in memory of the images' activations between two blocks."""
 
 
 @exact_products()
@@ -44,8 +40,8 @@ def refit(
     """Solve for the weights after pruned units, in place.
 
     Both networks run through the images one block at a time, so every activation is computed once.
-    Those between two blocks are kept meanwhile: up to :data:`BYTES_IN_MEMORY` in memory, more in
-    nameless files below ``TMPDIR``, so that memory does not grow with the images.
+    Those between two blocks are kept meanwhile, what does not fit into memory in files
+    (:class:`SpillBuffer`).
 
     Args:
         base: The base, in eval mode.
@@ -93,32 +89,6 @@ def refit(
     return macs
 
 
-class SpillBuffer:
-    """Keeps states; those that do not fit into memory are in files."""
-
-    def __init__(self) -> None:
-        self._bytes: dict[int, int] = {}
-        """Bytes in memory of tensors that are kept, by their identity; 0 for those in files."""
-
-    def keep(self, state: State) -> State:
-        """Return a state whose hidden and context, the only tensors that may be new, are kept."""
-        hidden, context = self._keep(state.hidden), state.context
-        if context is not None:
-            context = self._keep(context)
-        skips = tuple(hidden if skip is state.hidden else skip for skip in state.skips)
-        return replace(state, hidden=hidden, context=context, skips=skips)
-
-    def _keep(self, tensor: Tensor) -> Tensor:
-        if id(tensor) in self._bytes:
-            return tensor
-        size = tensor.numel() * tensor.element_size()
-        if sum(self._bytes.values()) + size > BYTES_IN_MEMORY:
-            tensor, size = _in_file(tensor), 0
-        self._bytes[id(tensor)] = size
-        weakref.finalize(tensor, self._bytes.pop, id(tensor), None)
-        return tensor
-
-
 def _on(state: State, device: torch.device) -> State:
     """Copy a state to a device."""
     skips = tuple(skip.to(device) for skip in state.skips)
@@ -143,20 +113,6 @@ def _after(step: Step, state: State, device: torch.device) -> State:
         context=original(after.context),
         skips=tuple(map(original, after.skips)),
     )
-
-
-def _in_file(tensor: Tensor) -> Tensor:
-    """Copy a tensor into a file that has no name and is freed with the tensor.
-
-    Raises:
-        OSError: The disk is full.
-    """
-    with tempfile.NamedTemporaryFile() as file:
-        # written, not copied into the map: a full disk is then an error and no signal
-        file.write(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-        file.flush()
-        kept = torch.from_file(file.name, shared=True, size=tensor.numel(), dtype=tensor.dtype)
-    return kept.view(tensor.shape)
 
 
 def _solve(

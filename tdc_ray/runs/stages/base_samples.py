@@ -19,7 +19,7 @@ from tdc_ray.config.data import BASE_SAMPLES
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import sampler_key
 from tdc_ray.data.fingerprint import diffusion_key
-from tdc_ray.data.prompts import STATES_FILE, encoding_of_prompts, read_prompts
+from tdc_ray.data.prompts import prompt_encodings, read_prompts
 from tdc_ray.data.sources.base import BASE_SHARD, SAMPLES_FILE
 from tdc_ray.data.tensor_shards import missing_shards, shard_path
 from tdc_ray.diffusion.pipeline import base_pipeline
@@ -162,9 +162,10 @@ def draw_base_samples(config: RunConfig, unet: Path) -> Chain[None]:
     assert path is not None and count is not None  # noqa: PT018  # with_base_samples
     folder, passes = resolve_path(path), _num_passes(config)
     prompts = _samples(config).get("prompts")
-    if prompts is not None and not exists(folder / STATES_FILE):
-        key = "base_samples/prompts"
-        yield from results_of([encoding_of_prompts(key, prompts, config.data, folder)])
+    if prompts is not None:
+        key, negative = "base_samples/prompts", config.sampler.negative_prompt
+        if missing := prompt_encodings(key, prompts, config.data, folder, negative):
+            yield from results_of(missing)
     for first in missing_shards(folder, count, BASE_SHARD):
         shard = shard_path(folder, first)
         result_path = shard.with_suffix(".json")

@@ -87,10 +87,10 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
     with state.ema_weights() as unet:
         if rank == 0:
             save_network(unet, run_dir.base_unet)
-            _save_result(run_dir, config, state.step, time.perf_counter() - started)
+            save_result(run_dir, config, state.step, time.perf_counter() - started)
 
 
-def _save_result(run_dir: RunDir, config: RunConfig, steps: int, seconds: float) -> None:
+def save_result(run_dir: RunDir, config: RunConfig, steps: int, seconds: float) -> None:
     """Save the result, after the weights: a base that has one is finished."""
     structure = network_structure(base_unet(config.model, config.conditioning))
     train_macs = 3.0 * structure.macs * steps * config.base.batch_size

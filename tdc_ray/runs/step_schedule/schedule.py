@@ -133,7 +133,7 @@ def schedule_run(
     with hold_lease(out):
         problem = problem_of(config, networks_of(run_dir, config, spec, out, sinks_for))
         data = training_data(config.data, config.evaluate.cache_dir)
-        run_chain(prepare_latents(data))
+        run_chain(prepare_latents(data, config.sampler.negative_prompt))
         measured = measure_steps(config, data, problem, spec.num_images)
         choice = measured.choose(spec.macs_share)
         schedules = [choice, own_choice(problem), measured.stitch(spec.macs_share)]

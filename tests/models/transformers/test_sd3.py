@@ -22,7 +22,7 @@ def test_a_refit_from_the_disk_is_the_same(monkeypatch):
     weights, kept = error_weights(base, batches, CASE.schedule), random_kept(units, 4)
     found = []
     for size in (2**20, 0):
-        monkeypatch.setattr("tdc_ray.pruning.refit.refit.BYTES_IN_MEMORY", size)
+        monkeypatch.setattr("tdc_ray.pruning.spill.BYTES_IN_MEMORY", size)
         pruned = family_of(base).cut(base, units, kept)
         refit(base, pruned, kept_outputs(base, units, kept), batches, CASE.schedule, weights)
         found.append(pruned.state_dict())

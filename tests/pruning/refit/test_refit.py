@@ -283,7 +283,7 @@ def test_it_is_the_same_where_activations_do_not_fit_into_memory(held, monkeypat
     base, units = random_unet(), units_of(TINY, "full")
     kept, images = random_kept(units, 2), noised(TINY, 8, 8)
     _, wanted = cut_and_refit(base, units, kept, images)
-    monkeypatch.setattr("tdc_ray.pruning.refit.refit.BYTES_IN_MEMORY", held)
+    monkeypatch.setattr("tdc_ray.pruning.spill.BYTES_IN_MEMORY", held)
     _, found = cut_and_refit(base, units, kept, images)
     close = outputs_of(found, images), outputs_of(wanted, images)
     torch.testing.assert_close(*close, rtol=1e-3, atol=1e-3)  # alignment moves the last bits
