@@ -31,7 +31,7 @@ def test_makespan_and_memory_are_measured(tmp_path):
     assert min(memory["loaded_mb"]) > 50
     assert len(memory["denoised_mb"]) == 2
     soak = read_json(tmp_path / "soak.json")
-    assert [sample["items"] for sample in soak["samples"]] == [200, 400, 600, 800, 1000]
+    assert [sample["number"] for sample in soak["samples"]] == [200, 400, 600, 800, 1000]
     last = {name: line["last"] for name, line in soak["fitted"].items()}
     assert last["driver_mb"] > 50
     assert last["actors_mb"] > 50
@@ -44,7 +44,7 @@ def test_growth_is_that_of_the_driver_with_the_most_samples(importable):
 
     def samples(driver: str, count: int, growth: float) -> list[dict]:
         return [
-            {"driver": driver, "items": 200 * i, **dict.fromkeys(QUANTITIES, 7 + growth * i)}
+            {"driver": driver, "number": 200 * i, **dict.fromkeys(QUANTITIES, 7 + growth * i)}
             for i in range(count)
         ]
 

@@ -7,12 +7,15 @@ import os
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import parameter, services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.config.compute import ComputeConfig
@@ -43,6 +46,17 @@ NO_CLUSTER = (
     "no Ray cluster answers at {}: start one by ray start --head, give the address of another, or "
     "use local."
 )
+
+SECONDS_TO_START = 180.0
+"""Longest time in which a local Ray's node is there, on a busy machine."""
+
+AGENT_PORTS = (
+    "metrics_agent_port",
+    "metrics_export_port",
+    "dashboard_agent_listen_port",
+    "runtime_env_agent_port",
+)
+"""Ray's parameters of the ports at which a node's agents listen."""
 
 SECONDS_TO_ANSWER = 2.0
 """Longest time in which a node that is alive accepts a connection."""
@@ -86,6 +100,9 @@ def connected(
         try:
             with interrupts_deferred():
                 if address == "local":
+                    os.environ.setdefault(
+                        "RAY_gcs_server_port_wait_time_s", f"{SECONDS_TO_START:.0f}"
+                    )
                     _start_local_ray(
                         num_cpus=num_cpus,
                         include_dashboard=dashboard,
@@ -128,12 +145,54 @@ def _init_local_ray(**options: Any) -> None:
     """Start a local Ray, or end what was half started: ``ray.shutdown`` knows nothing of that."""
     driver = os.getpid()
     others = child_processes(driver)
+    ray_params = parameter.RayParams
+    parameter.RayParams = partial(ray_params, **free_agent_ports())
     try:
-        ray.init(address="local", **options)
+        with patient_start():
+            ray.init(address="local", **options)
     except Exception:
         ray.shutdown()
         kill_trees(filter(_is_rays, child_processes(driver) - others))
         raise
+    finally:
+        parameter.RayParams = ray_params
+
+
+@contextlib.contextmanager
+def patient_start() -> Iterator[None]:
+    """Let Ray wait longer than its 30 s for a node that this process starts, while it is alive."""
+    get_node, deadline = services.get_node, time.monotonic() + SECONDS_TO_START
+    others = child_processes(os.getpid())
+
+    def get_node_in_time(*arguments: Any) -> Any:
+        while True:
+            try:
+                return get_node(*arguments)
+            except RuntimeError:  # it is not registered
+                started = child_processes(os.getpid()) - others
+                is_there = any("/raylet\0" in _command_line(pid) for pid in started)
+                if not is_there or received_signal() or time.monotonic() > deadline:
+                    raise
+            time.sleep(0.1)
+
+    services.get_node = get_node_in_time
+    try:
+        yield
+    finally:
+        services.get_node = get_node
+
+
+def free_agent_ports() -> dict[str, int]:
+    """Choose ports for a node's agents on which nobody listens, by Ray's names of them.
+
+    Else the agents choose, and the node ends if they do not tell it in 15 s, as happens on a busy
+    machine (ray#65983).
+    """
+    with contextlib.ExitStack() as stack:
+        sockets = {name: stack.enter_context(socket.socket()) for name in AGENT_PORTS}
+        for one in sockets.values():
+            one.bind(("", 0))
+        return {name: one.getsockname()[1] for name, one in sockets.items()}
 
 
 def _is_too_slow(error: Exception) -> bool:
@@ -143,11 +202,15 @@ def _is_too_slow(error: Exception) -> bool:
 
 def _is_rays(pid: int) -> bool:
     """Whether a process runs a program of Ray's, not what another thread started meanwhile."""
+    return str(Path(ray.__file__).parent) + "/" in _command_line(pid)
+
+
+def _command_line(pid: int) -> str:
+    """Return a process's command line; "" if it is gone."""
     try:
-        line = Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it is gone
-        return False
-    return os.fsencode(Path(ray.__file__).parent) + b"/" in line
+        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return ""
 
 
 def _check_joined(address: str | None) -> None:
