@@ -100,9 +100,6 @@ def connected(
         try:
             with interrupts_deferred():
                 if address == "local":
-                    os.environ.setdefault(
-                        "RAY_gcs_server_port_wait_time_s", f"{SECONDS_TO_START:.0f}"
-                    )
                     _start_local_ray(
                         num_cpus=num_cpus,
                         include_dashboard=dashboard,
@@ -145,11 +142,12 @@ def _init_local_ray(**options: Any) -> None:
     """Start a local Ray, or end what was half started: ``ray.shutdown`` knows nothing of that."""
     driver = os.getpid()
     others = child_processes(driver)
-    ray_params = parameter.RayParams
-    parameter.RayParams = partial(ray_params, **free_agent_ports())
+    ray_params, ports = parameter.RayParams, free_agent_ports()
+    parameter.RayParams = partial(ray_params, **ports)
     try:
         with patient_start():
-            ray.init(address="local", **options)
+            export_port = ports["metrics_export_port"]  # without which it hands on None
+            ray.init(address="local", _metrics_export_port=export_port, **options)
     except Exception:
         ray.shutdown()
         kill_trees(filter(_is_rays, child_processes(driver) - others))
@@ -160,7 +158,12 @@ def _init_local_ray(**options: Any) -> None:
 
 @contextlib.contextmanager
 def patient_start() -> Iterator[None]:
-    """Let Ray wait longer than its 30 s for a node that this process starts, while it is alive."""
+    """Let Ray wait longer than its 30 s for a node that this process starts, while it is alive.
+
+    What its parts wait for each other is longer, too.
+    """
+    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", f"{SECONDS_TO_START:.0f}")
+    os.environ.setdefault("RAY_agent_register_timeout_ms", f"{1000 * SECONDS_TO_START:.0f}")
     get_node, deadline = services.get_node, time.monotonic() + SECONDS_TO_START
     others = child_processes(os.getpid())
 
