@@ -64,7 +64,7 @@ from processes import workers
 from ray.cluster_utils import Cluster
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.ray.cluster import free_agent_ports, patient_start
+from tdc_ray.execution.ray.cluster import patient_start
 from tdc_ray.execution.timeline import History, load_history
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -265,9 +265,7 @@ class LocalCluster:
         """Add a node of one CPU; the first one is the head."""
         try:
             with patient_start():
-                return self._cluster.add_node(
-                    **({"num_cpus": 1} | how | self._where | free_agent_ports())
-                )
+                return self._cluster.add_node(**({"num_cpus": 1} | how | self._where))
         except Exception as error:  # Ray's own, after 30 s: too little on a busy machine
             if attempts == 1 or "timed out during startup" not in str(error):
                 raise

@@ -1,6 +1,7 @@
 """Connects to Ray, lists its nodes, and starts actors on the driver's node."""
 
 import contextlib
+import inspect
 import logging
 import math
 import os
@@ -10,12 +11,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import parameter, services
+from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.config.compute import ComputeConfig
@@ -142,30 +142,27 @@ def _init_local_ray(**options: Any) -> None:
     """Start a local Ray, or end what was half started: ``ray.shutdown`` knows nothing of that."""
     driver = os.getpid()
     others = child_processes(driver)
-    ray_params, ports = parameter.RayParams, free_agent_ports()
-    parameter.RayParams = partial(ray_params, **ports)
     try:
         with patient_start():
-            export_port = ports["metrics_export_port"]  # without which it hands on None
-            ray.init(address="local", _metrics_export_port=export_port, **options)
+            ray.init(address="local", **options)
     except Exception:
         ray.shutdown()
         kill_trees(filter(_is_rays, child_processes(driver) - others))
         raise
-    finally:
-        parameter.RayParams = ray_params
 
 
 @contextlib.contextmanager
 def patient_start() -> Iterator[None]:
-    """Let Ray wait longer than its 30 s for a node that this process starts, while it is alive.
+    """Let nodes that this process starts take longer than Ray gives them, as on a busy machine.
 
-    What its parts wait for each other is longer, too.
+    Ray waits 30 s for a node, and a node 15 s until its agents told it their ports, or it ends
+    (ray#65983), both fixed in the code. Here a node that is alive is waited for, and it is told
+    the ports before its agents start.
     """
     os.environ.setdefault("RAY_gcs_server_port_wait_time_s", f"{SECONDS_TO_START:.0f}")
     os.environ.setdefault("RAY_agent_register_timeout_ms", f"{1000 * SECONDS_TO_START:.0f}")
-    get_node, deadline = services.get_node, time.monotonic() + SECONDS_TO_START
-    others = child_processes(os.getpid())
+    get_node, start_raylet = services.get_node, services.start_raylet
+    deadline, others = time.monotonic() + SECONDS_TO_START, child_processes(os.getpid())
 
     def get_node_in_time(*arguments: Any) -> Any:
         while True:
@@ -178,24 +175,27 @@ def patient_start() -> Iterator[None]:
                     raise
             time.sleep(0.1)
 
-    services.get_node = get_node_in_time
+    def start_with_ports(*arguments: Any, **options: Any) -> Any:
+        known = inspect.signature(start_raylet).bind(*arguments, **options).arguments
+        ports = dict(zip(AGENT_PORTS, _free_ports(len(AGENT_PORTS)), strict=True))
+        for name, port in ports.items():
+            Path(known["session_dir"], f"{name}_{known['node_id']}").write_text(str(port))
+        return start_raylet(*arguments, **{**options, **ports})
+
+    services.get_node, services.start_raylet = get_node_in_time, start_with_ports
     try:
         yield
     finally:
-        services.get_node = get_node
+        services.get_node, services.start_raylet = get_node, start_raylet
 
 
-def free_agent_ports() -> dict[str, int]:
-    """Choose ports for a node's agents on which nobody listens, by Ray's names of them.
-
-    Else the agents choose, and the node ends if they do not tell it in 15 s, as happens on a busy
-    machine (ray#65983).
-    """
+def _free_ports(count: int) -> list[int]:
+    """Find ports at which nobody listens."""
     with contextlib.ExitStack() as stack:
-        sockets = {name: stack.enter_context(socket.socket()) for name in AGENT_PORTS}
-        for one in sockets.values():
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
             one.bind(("", 0))
-        return {name: one.getsockname()[1] for name, one in sockets.items()}
+        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _is_too_slow(error: Exception) -> bool:
