@@ -39,6 +39,20 @@ def test_makespan_and_memory_are_measured(tmp_path):
     assert 0 <= last["object_store_mb"] < 100
 
 
+@pytest.mark.slow
+@pytest.mark.ray
+def test_what_trials_leave_behind_is_measured(tmp_path):
+    command = [sys.executable, "experiments/soak.py", "--smoke", "--trials", "50"]
+    subprocess.run(
+        [*command, "--storage", str(tmp_path)], cwd=ROOT, check=True, stdout=subprocess.DEVNULL
+    )
+    record = read_json(tmp_path / "soak-trials" / "soak-trials.json")
+    assert [sample["number"] for sample in record["samples"]] == [10, 20, 30, 40, 50]
+    assert record["fitted"]["driver_mb"]["last"] > 50
+    rows = read_json(tmp_path / "soak-trials" / "sweep" / "sweep.json")["rows"]
+    assert [row["status"] for row in rows] == ["done"] * 50
+
+
 def test_growth_is_that_of_the_driver_with_the_most_samples(importable):
     from soak import QUANTITIES, fitted
 

@@ -50,6 +50,14 @@ NO_CLUSTER = (
 SECONDS_TO_START = 180.0
 """Longest time in which a local Ray's node is there, on a busy machine."""
 
+WAITS = {
+    "RAY_gcs_server_port_wait_time_s": 1.0,
+    "RAY_agent_register_timeout_ms": 1e-3,
+    "RAY_worker_register_timeout_seconds": 1.0,
+}
+"""Environment variables of how long Ray's processes wait for each other's start, and their units in
+seconds."""
+
 AGENT_PORTS = (
     "metrics_agent_port",
     "metrics_export_port",
@@ -159,8 +167,8 @@ def patient_start() -> Iterator[None]:
     (ray#65983), both fixed in the code. Here a node that is alive is waited for, and it is told
     the ports before its agents start.
     """
-    os.environ.setdefault("RAY_gcs_server_port_wait_time_s", f"{SECONDS_TO_START:.0f}")
-    os.environ.setdefault("RAY_agent_register_timeout_ms", f"{1000 * SECONDS_TO_START:.0f}")
+    for name, unit in WAITS.items():
+        os.environ.setdefault(name, f"{SECONDS_TO_START / unit:.0f}")
     get_node, start_raylet = services.get_node, services.start_raylet
     deadline, others = time.monotonic() + SECONDS_TO_START, child_processes(os.getpid())
 
