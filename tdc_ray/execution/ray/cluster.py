@@ -55,8 +55,8 @@ WAITS = {
     "RAY_agent_register_timeout_ms": 1e-3,
     "RAY_worker_register_timeout_seconds": 1.0,
 }
-"""Environment variables of how long Ray's processes wait for each other's start, and their units in
-seconds."""
+"""Environment variables of how long Ray's processes wait for each other's start, and the seconds
+of their units."""
 
 AGENT_PORTS = (
     "metrics_agent_port",
