@@ -148,7 +148,7 @@ def soak(flags: SoakFlags, folder: Path, samples: list[Sample]) -> None:
             shape = [[0.0] * ITEMS_PER_CHAIN]
             pool.run({f"{part}-{i}": chain(where, str(i), shape) for i in range(NUM_CHAINS)})
             (where / "done").touch()
-            samples.append(sample(driver, (part + 1) * NUM_PER_SAMPLE))
+            samples.append(sample(driver, (part + 1) * NUM_PER_SAMPLE, workers()))
             append_json_line(folder / "samples.jsonl", samples[-1])
 
 
