@@ -14,7 +14,7 @@ line is fitted to the driver with the most samples.
 With `--trials` it is those of a sweep, all of whose runs were finished before: each trial reads
 its settings and results, and reports them, and the sweep writes its table anew. Unlike in other
 sweeps, two processes run all trials in turn (Ray Tune's `reuse_actors`), so that what a trial
-leaves behind adds up. A sample is taken after each 10, if all trials of an earlier call are done.
+leaves behind adds up. A sample is taken after each 10.
 
 Hardware and hours: ten minutes on 2 CPU cores, and twenty for the trials. The paper has no such
 table.
