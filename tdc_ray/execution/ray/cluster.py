@@ -47,7 +47,7 @@ NO_CLUSTER = (
     "use local."
 )
 
-SECONDS_TO_START = 180.0
+SECONDS_TO_START = 600.0
 """Longest time in which a local Ray's node is there, on a busy machine."""
 
 WAITS = {
