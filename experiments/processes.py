@@ -5,16 +5,22 @@ from pathlib import Path
 
 import ray  # noqa: F401  which brings psutil along
 
+WORKERS = ("ray::_Worker", "ray::RayTrainWorker")
+"""How the titles of processes begin that run items of a pool, or train a base."""
 
-def workers() -> list[int]:
-    """Return the processes below this one that run items of a pool, or train a base."""
+TRIALS = ("ray::ImplicitFunc",)
+"""Those of a sweep's trials."""
+
+
+def workers(titles: tuple[str, ...] = WORKERS) -> list[int]:
+    """Return the processes below this one whose titles begin so."""
     import psutil
 
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith(("ray::_Worker", "ray::RayTrainWorker")):
+            if title.startswith(titles):
                 found.append(process.pid)
     return sorted(found)
 

@@ -26,10 +26,11 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig
 from tdc_ray.storage.files import locked
 
-hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+clockless = {"deadline": None, "suppress_health_check": [hypothesis.HealthCheck.too_slow]}
+hypothesis.settings.register_profile("tests", derandomize=True, **clockless)
 # Tests of files take a fifth of them.
 num_examples = 5 * int(os.environ.get("FUZZ_EXAMPLES", "10000"))
-hypothesis.settings.register_profile("fuzz", deadline=None, max_examples=num_examples)
+hypothesis.settings.register_profile("fuzz", max_examples=num_examples, **clockless)
 hypothesis.settings.load_profile("tests")
 
 
