@@ -1,7 +1,6 @@
 """Runs on a small cluster in which something of one kind fails again and again.
 
     python experiments/chaos.py --faults 1000
-    python experiments/chaos.py --work pool --per-run 20
     python experiments/chaos.py --smoke
     python experiments/chaos.py --two-hosts --kinds host link     # needs root
 
@@ -18,9 +17,6 @@ nothing disturbed. The kinds:
 - `memory`: for a few seconds an actor is given no more memory.
 - `host`, `link`, with `--two-hosts`: one of the nodes is in a network namespace of its own, and is
   killed, or cut off for 40 s.
-
-With `--work pool` it is no run but items of a pool that mostly wait and keep checkpoints, as a
-run's do (experiments/chaos_work.py): a fault costs the time that processes take to start.
 
 A run is lost if it does not end, or with other results. Repeated are the macs of attempts at items
 that a fault cut, by their share of the time that the item took in the end, and those of finished
@@ -50,7 +46,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 # Ray reads these when it is imported, and so do the processes that it starts.
 os.environ["RAY_AUTH_MODE"] = "disabled"
@@ -64,19 +60,11 @@ from processes import workers
 from ray.cluster_utils import Cluster
 
 from tdc_ray.errors import ConfigError
-from tdc_ray.execution.ray.cluster import patient_start
 from tdc_ray.execution.timeline import History, load_history
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.runs.results import comparable, load_results
-from tdc_ray.storage.files import (
-    append_json_line,
-    exists,
-    listing,
-    read_json,
-    read_json_lines,
-    write_json,
-)
+from tdc_ray.storage.files import append_json_line, exists, listing, read_json_lines, write_json
 from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 from tdc_ray.storage.run_dir import RunDir
 
@@ -106,19 +94,13 @@ MAX_STARTS = 30
 
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
-Work = Literal["run", "pool"]
-COMMANDS: dict[Work, tuple[str, ...]] = {
-    "run": (sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke"),
-    "pool": (sys.executable, str(Path(__file__).with_name("chaos_work.py"))),
-}
+COMMAND = (sys.executable, "-m", "tdc_ray", "run", "--preset", "digits-smoke")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChaosFlags:
-    """What fails in what, how often, and where the runs are."""
+    """What fails, how often, and where the runs are."""
 
-    work: Work = "run"
-    """What is disturbed."""
     faults: int = 1000
     """Faults after which no further run begins."""
     per_run: int = 8
@@ -264,8 +246,7 @@ class LocalCluster:
     def _add_node(self, attempts: int = 10, **how: Any) -> Any:
         """Add a node of one CPU; the first one is the head."""
         try:
-            with patient_start():
-                return self._cluster.add_node(**({"num_cpus": 1} | how | self._where))
+            return self._cluster.add_node(**({"num_cpus": 1} | how | self._where))
         except Exception as error:  # Ray's own, after 30 s: too little on a busy machine
             if attempts == 1 or "timed out during startup" not in str(error):
                 raise
@@ -356,7 +337,6 @@ def one_run(
     undisturbed: Path,
     control: Control,
     flags: Sequence[str] = (),
-    work: Work = "run",
 ) -> Outcome:
     """Run once, with faults at random moments.
 
@@ -369,12 +349,11 @@ def one_run(
         undisturbed: ``results.json`` of the run that nothing disturbed.
         control: How faults get into processes.
         flags: More of the drivers' flags.
-        work: What they do.
     """
     draw, wanted, done = random.Random(seed), list(kinds), Counter[str]()
     started = looked = time.monotonic()
     num_results, failed_at, worst = 0, None, 0.0
-    command = [*COMMANDS[work], "--run-dir", display_path(run_dir), *flags]
+    command = [*COMMAND, "--run-dir", display_path(run_dir), *flags]
     run = Disturbed(cluster, command, log, control)
     try:
         next_fault, patient = started + draw.expovariate(1 / PAUSE_S), False
@@ -400,6 +379,7 @@ def one_run(
         run.driver.kill()
         code = run.driver.wait()
     folder = RunDir(run_dir)
+    results = [load_results(path) for path in (folder.results, undisturbed) if code == 0]
     history = load_history(folder.timeline)
     return Outcome(
         seed=seed,
@@ -408,17 +388,12 @@ def one_run(
         starts=run.starts,
         seconds=time.monotonic() - started,
         finished=code == 0,
-        equal=code == 0 and results_of(folder.results, work) == results_of(undisturbed, work),
+        equal=code == 0 and comparable(results[0]) == comparable(results[1]),
         macs=sum({(span.chain, span.item): span.macs for span in history.spans}.values()),
         repeated_macs=repeated_macs(history),
         ran_twice=ran_twice(history),
         worst_recovery_s=worst,
     )
-
-
-def results_of(path: Path, work: Work) -> Any:
-    """Read results, without what differs between equal runs."""
-    return comparable(load_results(path)) if work == "run" else read_json(path)
 
 
 def ran_twice(history: History) -> list[str]:
@@ -479,16 +454,13 @@ def table_row(kind: str, outcomes: Sequence[Outcome]) -> list[str]:
 @contextmanager
 def prepared(flags: ChaosFlags, folder: Path) -> Iterator[tuple[LocalCluster, Control, list[str]]]:
     """Make the base and the undisturbed run, where they are missing, and start the cluster."""
-    more = []
-    if flags.work == "run":
-        base = folder / "base" / "unet"
-        if not base.exists():
-            save_unet(build_unet(architecture("tiny")), base)
-        more = ["--base", str(base), "--compute.num-actors", str(NUM_NODES)]
-        more += ["--evaluate.cache-dir", str(folder / "cache")]
+    base = folder / "base" / "unet"
+    if not base.exists():
+        save_unet(build_unet(architecture("tiny")), base)
+    more = ["--base", str(base), "--compute.num-actors", str(NUM_NODES)]
+    more += ["--evaluate.cache-dir", str(folder / "cache")]
     if not (folder / "undisturbed" / "results.json").exists():
-        command = [*COMMANDS[flags.work], "--run-dir", str(folder / "undisturbed"), *more]
-        subprocess.run(command, check=True)
+        subprocess.run([*COMMAND, "--run-dir", str(folder / "undisturbed"), *more], check=True)
     control = Control(folder / "control")
     control.install()
     control.reset()
@@ -504,9 +476,8 @@ def main(flags: ChaosFlags) -> None:
     if flags.smoke:
         smoke = {"faults": 3, "per_run": 1, "kinds": ("storage", "actor", "clock")}
         flags = dataclasses.replace(flags, **smoke)
-    name = "chaos" if flags.work == "run" else f"chaos-{flags.work}"
-    storage = resolve_path(flags.storage) / name
-    folder = Path("runs") / name if is_remote(storage) else storage  # of logs and what is shared
+    storage = resolve_path(flags.storage) / "chaos"
+    folder = Path("runs/chaos") if is_remote(storage) else storage  # of logs and what is shared
     if unknown := set(flags.kinds) - set(KINDS) - set(HOST_KINDS):
         raise ConfigError(f"--kinds must be of {', '.join(KINDS)}, got {', '.join(unknown)}.")
     if not flags.two_hosts and set(flags.kinds) & set(HOST_KINDS):
@@ -531,7 +502,6 @@ def main(flags: ChaosFlags) -> None:
                 folder / "undisturbed" / "results.json",
                 control,
                 more,
-                flags.work,
             )
             control.reset()
             append_json_line(outcomes_file, dataclasses.asdict(outcome))
@@ -550,9 +520,9 @@ def write(folder: Path, outcomes: Sequence[Outcome]) -> None:
     note = (
         "Lost: runs that did not end, or with other results than the one that was not disturbed."
     )
-    write_table(folder, folder.name, [*columns, "worst recovery"], rows, note)
+    write_table(folder, "chaos", [*columns, "worst recovery"], rows, note)
     record = [dataclasses.asdict(outcome) for outcome in outcomes]
-    write_json(folder / f"{folder.name}.json", {"made_by": provenance(), "runs": record})
+    write_json(folder / "chaos.json", {"made_by": provenance(), "runs": record})
 
 
 if __name__ == "__main__":

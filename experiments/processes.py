@@ -5,22 +5,16 @@ from pathlib import Path
 
 import ray  # noqa: F401  which brings psutil along
 
-WORKERS = ("ray::_Worker", "ray::RayTrainWorker")
-"""How the titles of processes begin that run items of a pool, or train a base."""
 
-TRIALS = ("ray::ImplicitFunc",)
-"""Those of a sweep's trials."""
-
-
-def workers(titles: tuple[str, ...] = WORKERS) -> list[int]:
-    """Return the processes below this one whose titles begin so."""
+def workers() -> list[int]:
+    """Return the processes below this one that run items of a pool, or train a base."""
     import psutil
 
     found = []
     for process in psutil.Process().children(recursive=True):
         with contextlib.suppress(psutil.Error):
             title = " ".join(process.cmdline())
-            if title.startswith(titles):
+            if title.startswith(("ray::_Worker", "ray::RayTrainWorker")):
                 found.append(process.pid)
     return sorted(found)
 

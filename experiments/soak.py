@@ -1,7 +1,6 @@
-"""What 20,000 items leave behind in a pool, and 2,000 trials in a sweep: memory, files, objects.
+"""What 20,000 items leave behind in a pool: memory, open files and object store over time.
 
     python experiments/soak.py --storage runs --json experiments/results/soak.json
-    python experiments/soak.py --trials 2000 --json experiments/results/soak-trials.json
     python experiments/soak.py --smoke
 
 Items that do nothing go through the pool's actors, 200 at a time. After each 200, of the driver
@@ -11,59 +10,33 @@ with the slope's 95 % interval for independent errors), the first tenth left out
 up. Finished items are not run again, so that the same command goes on after an interruption; the
 line is fitted to the driver with the most samples.
 
-With `--trials` it is those of a sweep, all of whose runs were finished before: each trial reads
-its settings and results, and reports them, and the sweep writes its table anew. Unlike in other
-sweeps, two processes run all trials in turn (Ray Tune's `reuse_actors`), so that what a trial
-leaves behind adds up. A sample is taken after each 10.
-
-Hardware and hours: ten minutes on 2 CPU cores, and twenty for the trials. The paper has no such
-table.
+Hardware and hours: ten minutes on 2 CPU cores. The paper has no such table.
 """
 
-import os
 import secrets
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
 import tyro
 from output import provenance, write_table
-from processes import TRIALS, open_files, private_mb, workers
-from ray import tune
+from processes import open_files, private_mb, workers
 from scheduling import chain
 from scipy.stats import linregress, t
 
 from tdc_ray.config.compute import ComputeConfig
-from tdc_ray.config.presets import preset
-from tdc_ray.config.run import RunConfig, to_json, with_absolute_paths
-from tdc_ray.config.sweep import SweepConfig
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.models.unet2d.architectures import architecture
-from tdc_ray.models.unet2d.unet import build_unet, save_unet
-from tdc_ray.runs.run import run
-from tdc_ray.runs.sweep.results import TRIALS_DIR, TrialFinished
-from tdc_ray.runs.sweep.space import Choices, Params, trial_name, with_params
-from tdc_ray.runs.sweep.sweep import sweep
-from tdc_ray.storage.files import (
-    append_json_line,
-    exists,
-    read_json,
-    read_json_lines,
-    write_json,
-)
-from tdc_ray.storage.run_dir import RunDir
+from tdc_ray.storage.files import append_json_line, exists, read_json_lines, write_json
 
 NUM_CHAINS, ITEMS_PER_CHAIN = 20, 10
 NUM_PER_SAMPLE = NUM_CHAINS * ITEMS_PER_CHAIN
 NUM_ACTORS = 2
-TRIALS_PER_SAMPLE = 10
 
 Sample = dict[str, Any]
 QUANTITIES = {
@@ -81,8 +54,6 @@ class SoakFlags:
 
     items: int = 20_000
     """Items in all."""
-    trials: int = 0
-    """Trials of a sweep, in place of items; 0 means items."""
     smoke: bool = False
     """A few hundred items only."""
     storage: Path = Path("runs")
@@ -91,13 +62,14 @@ class SoakFlags:
     """Where the record goes, beside the table's CSV and Markdown; default: the storage."""
 
 
-def sample(driver: str, number: int, actors: Sequence[int]) -> Sample:
-    """Look at all processes after a number of items or trials."""
+def sample(driver: str, num_items: int) -> Sample:
+    """Look at all processes."""
     there, free = ray.cluster_resources(), ray.available_resources()
+    actors = workers()
     store = "object_store_memory"
     return {
         "driver": driver,
-        "number": number,
+        "items": num_items,
         "driver_mb": private_mb(),
         "actors_mb": sum(private_mb(pid) for pid in actors),
         "driver_files": open_files(),
@@ -107,8 +79,8 @@ def sample(driver: str, number: int, actors: Sequence[int]) -> Sample:
 
 
 def slope(samples: Sequence[Sample], quantity: str) -> tuple[float, float]:
-    """Fit a line; return its slope per 1,000, and half of the slope's 95 % interval."""
-    xs, ys = [one["number"] / 1000 for one in samples], [one[quantity] for one in samples]
+    """Fit a line; return its slope per 1,000 items, and half of the slope's 95 % interval."""
+    xs, ys = [one["items"] / 1000 for one in samples], [one[quantity] for one in samples]
     if len(set(ys)) == 1:  # of which linregress makes a slope of 0 and an error of NaN
         return 0.0, 0.0
     fit = linregress(xs, ys)
@@ -148,76 +120,21 @@ def soak(flags: SoakFlags, folder: Path, samples: list[Sample]) -> None:
             shape = [[0.0] * ITEMS_PER_CHAIN]
             pool.run({f"{part}-{i}": chain(where, str(i), shape) for i in range(NUM_CHAINS)})
             (where / "done").touch()
-            samples.append(sample(driver, (part + 1) * NUM_PER_SAMPLE, workers()))
+            samples.append(sample(driver, (part + 1) * NUM_PER_SAMPLE))
             append_json_line(folder / "samples.jsonl", samples[-1])
-
-
-def trial_config(folder: Path) -> RunConfig:
-    """Return settings of a small run, on an untrained base that is made if need be."""
-    base = folder / "base" / "unet"
-    if not base.exists():
-        save_unet(build_unet(architecture("tiny")), base)
-    config = preset("digits-smoke")
-    config = replace(
-        config,
-        model=replace(config.model, base=str(base)),
-        plan=replace(config.plan, num_groups=1),
-        prune=replace(config.prune, method="none"),
-        finetune=replace(config.finetune, num_steps=1, num_warmup_steps=0),
-        compute=replace(config.compute, num_actors=1),
-        evaluate=replace(config.evaluate, cache_dir=str(folder / "cache")),
-    )
-    return with_absolute_paths(config)
-
-
-def finish_runs(config: RunConfig, folder: Path, points: Sequence[Params]) -> None:
-    """Run once; write its results, and settings of their own, as those of the trials."""
-    run(config, folder / "run")
-    results = read_json(RunDir(folder / "run").results)
-    for params in points:
-        run_dir = RunDir(folder / "sweep" / TRIALS_DIR / trial_name(params, config.seed))
-        if not run_dir.results.exists():
-            write_json(run_dir.config, to_json(with_params(config, params, config.seed)))
-            write_json(run_dir.results, results)
-
-
-def soak_sweep(flags: SoakFlags, folder: Path, samples: list[Sample]) -> None:
-    """Sweep over finished runs, and add a sample after each 10 to the file and the list."""
-    driver, config, done = secrets.token_hex(4), trial_config(folder), 0
-    steps = Choices(tuple(range(1, flags.trials + 1)))
-    points: list[Params] = [{"finetune.num_steps": value} for value in steps.values]
-    finish_runs(config, folder, points)
-
-    def note(event: object) -> None:
-        nonlocal done
-        if isinstance(event, TrialFinished):
-            done += 1
-            if done % TRIALS_PER_SAMPLE == 0 and (trials := workers(TRIALS)):
-                samples.append(sample(driver, done, trials))
-                append_json_line(folder / "samples.jsonl", samples[-1])
-
-    tune.TuneConfig = partial(tune.TuneConfig, reuse_actors=True)  # type: ignore[assignment,misc]
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = "60"  # of a trial that ends, on a busy machine
-    space = {"finetune.num_steps": steps}
-    sweep(config, space, SweepConfig(), folder / "sweep", points, sinks=[note])
 
 
 def main(flags: SoakFlags) -> None:
     """Run, fit and write."""
-    what, name = ("trials", "soak-trials") if flags.trials else ("items", "soak")
-    if flags.smoke:
-        smoke = (
-            {"trials": 5 * TRIALS_PER_SAMPLE} if flags.trials else {"items": 5 * NUM_PER_SAMPLE}
-        )
-        flags = replace(flags, **smoke)
-    least = 5 * (TRIALS_PER_SAMPLE if flags.trials else NUM_PER_SAMPLE)
-    if (flags.trials or flags.items) < least:
-        raise ConfigError(f"--{what} must be at least {least}, got {flags.trials or flags.items}.")
-    folder = (flags.storage / name).resolve()
+    if flags.items < 5 * NUM_PER_SAMPLE:
+        raise ConfigError(f"--items must be at least {5 * NUM_PER_SAMPLE}, got {flags.items}.")
+    folder = flags.storage / "soak"
     folder.mkdir(parents=True, exist_ok=True)
     lines = folder / "samples.jsonl"
     samples = read_json_lines(lines) if exists(lines) else []
-    (soak_sweep if flags.trials else soak)(flags, folder, samples)
+    if flags.smoke:
+        flags = SoakFlags(items=5 * NUM_PER_SAMPLE, storage=flags.storage, json=flags.json)
+    soak(flags, folder, samples)
     found = fitted(samples)
     rows = [
         [
@@ -228,8 +145,8 @@ def main(flags: SoakFlags) -> None:
         ]
         for quantity, title in QUANTITIES.items()
     ]
-    record = flags.json or folder / f"{name}.json"
-    columns = ["quantity", "first", "last", f"slope per 1,000 {what}"]
+    record = flags.json or folder / "soak.json"
+    columns = ["quantity", "first", "last", "slope per 1,000 items"]
     write_table(record.parent, record.stem, columns, rows)
     write_json(record, {"made_by": provenance(), "fitted": found, "samples": samples})
 

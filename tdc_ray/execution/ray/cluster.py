@@ -1,21 +1,18 @@
 """Connects to Ray, lists its nodes, and starts actors on the driver's node."""
 
 import contextlib
-import inspect
 import logging
 import math
 import os
 import socket
 import sys
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray._private import services
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from tdc_ray.config.compute import ComputeConfig
@@ -46,25 +43,6 @@ NO_CLUSTER = (
     "no Ray cluster answers at {}: start one by ray start --head, give the address of another, or "
     "use local."
 )
-
-SECONDS_TO_START = 600.0
-"""Longest time in which a local Ray's node is there, on a busy machine."""
-
-WAITS = {
-    "RAY_gcs_server_port_wait_time_s": 1.0,
-    "RAY_agent_register_timeout_ms": 1e-3,
-    "RAY_worker_register_timeout_seconds": 1.0,
-}
-"""Environment variables of how long Ray's processes wait for each other's start, and the seconds
-of their units."""
-
-AGENT_PORTS = (
-    "metrics_agent_port",
-    "metrics_export_port",
-    "dashboard_agent_listen_port",
-    "runtime_env_agent_port",
-)
-"""Ray's parameters of the ports at which a node's agents listen."""
 
 SECONDS_TO_ANSWER = 2.0
 """Longest time in which a node that is alive accepts a connection."""
@@ -151,59 +129,11 @@ def _init_local_ray(**options: Any) -> None:
     driver = os.getpid()
     others = child_processes(driver)
     try:
-        with patient_start():
-            ray.init(address="local", **options)
+        ray.init(address="local", **options)
     except Exception:
         ray.shutdown()
         kill_trees(filter(_is_rays, child_processes(driver) - others))
         raise
-
-
-@contextlib.contextmanager
-def patient_start() -> Iterator[None]:
-    """Let nodes that this process starts take longer than Ray gives them, as on a busy machine.
-
-    Ray waits 30 s for a node, and a node 15 s until its agents told it their ports, or it ends
-    (ray#65983), both fixed in the code. Here a node that is alive is waited for, and it is told
-    the ports before its agents start.
-    """
-    for name, unit in WAITS.items():
-        os.environ.setdefault(name, f"{SECONDS_TO_START / unit:.0f}")
-    get_node, start_raylet = services.get_node, services.start_raylet
-    deadline, others = time.monotonic() + SECONDS_TO_START, child_processes(os.getpid())
-
-    def get_node_in_time(*arguments: Any) -> Any:
-        while True:
-            try:
-                return get_node(*arguments)
-            except RuntimeError:  # it is not registered
-                started = child_processes(os.getpid()) - others
-                is_there = any("/raylet\0" in _command_line(pid) for pid in started)
-                if not is_there or received_signal() or time.monotonic() > deadline:
-                    raise
-            time.sleep(0.1)
-
-    def start_with_ports(*arguments: Any, **options: Any) -> Any:
-        known = inspect.signature(start_raylet).bind(*arguments, **options).arguments
-        ports = dict(zip(AGENT_PORTS, _free_ports(len(AGENT_PORTS)), strict=True))
-        for name, port in ports.items():
-            Path(known["session_dir"], f"{name}_{known['node_id']}").write_text(str(port))
-        return start_raylet(*arguments, **{**options, **ports})
-
-    services.get_node, services.start_raylet = get_node_in_time, start_with_ports
-    try:
-        yield
-    finally:
-        services.get_node, services.start_raylet = get_node, start_raylet
-
-
-def _free_ports(count: int) -> list[int]:
-    """Find ports at which nobody listens."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("", 0))
-        return [int(one.getsockname()[1]) for one in sockets]
 
 
 def _is_too_slow(error: Exception) -> bool:
@@ -213,15 +143,11 @@ def _is_too_slow(error: Exception) -> bool:
 
 def _is_rays(pid: int) -> bool:
     """Whether a process runs a program of Ray's, not what another thread started meanwhile."""
-    return str(Path(ray.__file__).parent) + "/" in _command_line(pid)
-
-
-def _command_line(pid: int) -> str:
-    """Return a process's command line; "" if it is gone."""
     try:
-        return os.fsdecode(Path(f"/proc/{pid}/cmdline").read_bytes())
-    except OSError:
-        return ""
+        line = Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it is gone
+        return False
+    return os.fsencode(Path(ray.__file__).parent) + b"/" in line
 
 
 def _check_joined(address: str | None) -> None:
