@@ -1,14 +1,12 @@
 """Shared code of experiments: flags, a base for several runs, and tables with provenance."""
 
 import logging
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-import torch
 import tyro
 from rich.console import Console
 
@@ -23,20 +21,16 @@ from tdc_ray.config.train import Precision
 from tdc_ray.data.latents import prepare_latents, training_data
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.cache import ResultCache
-from tdc_ray.execution.chain import Chain, run_chains
-from tdc_ray.execution.device import WorkerRank, worker_device
 from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
-from tdc_ray.models.families import save_network
 from tdc_ray.reporting.hparams import HParams
 from tdc_ray.reporting.sinks import default_sinks, trial_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import services_of
 from tdc_ray.runs.stages.base import make_base
-from tdc_ray.runs.stages.base_worker import save_result, train_base
 from tdc_ray.runs.sweep.results import SweepResults, with_rows
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
@@ -81,8 +75,6 @@ class Flags:
     """How the limits move with t, as in the paper's tables. None: the preset's."""
     held_out_of_base: bool = False
     """Stage 1 leaves out the images that losses are compared on: no network has seen them."""
-    here: bool = False
-    """Where an experiment can: without Ray, one thing after the other in this process."""
     steps_share: float = 1.0
     """Share of the preset's steps, and of the images that are measured and scored, which sizes the
     experiment for the machine (0.25: for 2 CPU cores). With --smoke always 1."""
@@ -311,18 +303,8 @@ def commits_of(folder: Path) -> set[str | None]:
     return {read_json(path)["commit"] for path in listing(folder, f"**/{SETTINGS_FILE}")}
 
 
-class ThisProcess:
-    """Runs chains as a pool of one actor does, without Ray and the cache."""
-
-    def run(self, chains: Mapping[str, Chain[Any]]) -> dict[str, Any]:
-        """Run chains one after the other; return what each returned, by its name."""
-        return run_chains(chains)
-
-
 @contextmanager
-def workers(
-    config: RunConfig, folder: Path, store: Path, *, here: bool = False
-) -> Iterator[Pool | ThisProcess]:
+def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
     """Start or join a Ray cluster and yield a pool of its actors; the folder is held meanwhile.
 
     Latents that the settings need are computed first, where they are missing.
@@ -331,14 +313,8 @@ def workers(
         config: The settings.
         folder: The experiment's folder.
         store: What is shared with other runs.
-        here: Yield this process in place of the pool.
     """
     refuse_auto(config)
-    if here:
-        torch.set_num_threads(config.compute.cpus_per_actor)
-        with hold_lease(folder):
-            yield ThisProcess()
-        return
     with (
         hold_lease(folder),
         connected(),
@@ -352,14 +328,13 @@ def workers(
         yield pool
 
 
-def trained_base(config: RunConfig, folder: Path, store: Path, *, here: bool = False) -> Path:
+def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
     """Train a base, unless it is finished; return the folder of its UNet.
 
     Args:
         config: The settings; only those that decide stage 1 matter.
         folder: The experiment's folder for this base.
         store: What is shared with other runs.
-        here: Train it in this process.
     """
     run_dir = RunDir(folder.resolve())
     stage_1 = ("preset", "seed", "data", "model", "conditioning", "diffusion", "base")
@@ -368,10 +343,7 @@ def trained_base(config: RunConfig, folder: Path, store: Path, *, here: bool = F
     sampler = SamplerConfig(clip_sample=config.data.first_stage is None)  # as latents demand
     deciding = {name: getattr(config, name) for name in stage_1}
     claim(run_dir.root, RunConfig(**deciding, sampler=sampler))
-    if not exists(run_dir.base_result) and here:
-        with hold_lease(run_dir.root):
-            train_here(run_dir, config)
-    elif not exists(run_dir.base_result):
+    if not exists(run_dir.base_result):
         with (
             hold_lease(run_dir.root),
             connected(),
@@ -385,28 +357,11 @@ def trained_base(config: RunConfig, folder: Path, store: Path, *, here: bool = F
     return run_dir.base_unet
 
 
-def train_here(run_dir: RunDir, config: RunConfig) -> None:
-    """Train a base in this process, as one worker of Ray Train does."""
-    torch.set_num_threads(config.compute.cpus_per_base_worker)
-    checkpoint, started = run_dir.base / "checkpoint.pt", time.perf_counter()
-    state = train_base(
-        config,
-        WorkerRank(0, 1, worker_device()),
-        resume_from=checkpoint if exists(checkpoint) else None,
-        wrap=lambda network: network,
-        report=lambda _, step: logging.getLogger("tdc_ray").info("step %d", step),
-        save=lambda state: state.save(checkpoint),
-    )
-    with state.ema_weights() as network:
-        save_network(network, run_dir.base_unet)
-    save_result(run_dir, config, state.step, time.perf_counter() - started)
-
-
 def base_of(flags: Flags, seed: int) -> Path:
     """Return the folder of the UNet that is a seed's base in all experiments of a storage."""
     size = "" if flags.steps_share == 1 else f"-{flags.steps_share:g}"
     folder = flags.storage / f"base-{flags.variant}{size}" / f"seed-{seed}"
-    return trained_base(flags.config(seed), folder, flags.store, here=flags.here)
+    return trained_base(flags.config(seed), folder, flags.store)
 
 
 def run_once(config: RunConfig, folder: Path, store: Path) -> Results:

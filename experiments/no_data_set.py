@@ -119,8 +119,7 @@ def main(flags: DataFlags) -> None:
     losses: dict[str, dict[int, dict[str, float]]] = {}
     scores: dict[str, list[float]] = {}
     metric, drawn_macs = "", 0.0
-    config = flags.config(flags.seeds[0])
-    with workers(config, folder, flags.store, here=flags.here) as pool:
+    with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         for seed, base in bases.items():
             models = {"base": Model("base", base, macs_base)}
             for k, groups in plans:

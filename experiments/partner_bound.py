@@ -12,20 +12,16 @@ script:
 - `random` pins units a step beside the knapsack's.
 - `greedy` exchanges the steps that the table of predicted costs would exchange next.
 - `nonsense` says anything: bounds, factors and moves of units and blocks, some of which there are.
-- `oracle` knows for free how far every scheme's prediction is from the base's on the images that
-  finalists are chosen by, with noise of its own.
-- `oracle of the judge` knows for free every scheme's loss on the very images and noise of the
-  verdict. Its choice fits that noise, too: what it gains there is more than a partner can, and
-  what it keeps of that on fresh noise of the same images is still chosen by these images.
+- `oracle` adds the pin that brings the prediction closest to the base's, which it measures for
+  free on the images that finalists are chosen by, with noise of its own.
+- `oracle of the judge` adds the pin that lowers the loss most on the very images that all are
+  judged on: what it gains there is more than any partner can.
 
-An oracle takes the best scheme that was measured and widens or narrows one unit after the other by
-a step, the knapsack paying elsewhere, as long as that is better by what it knows; no answer of a
-language model could name a scheme that it cannot. A search chooses among what was measured as it
-always does; the rows "its own choice" take of each oracle the scheme that it knows to be its best
-instead. All are judged on images that no choice but the last oracle's was made by, on two draws of
-noise: the loss and the mean square distance from the base's prediction, with Student's 95 %
-interval of the difference from the offline proxy over the images of all seeds, the noise of each
-averaged before.
+A search chooses among what was measured as it always does; the rows "its own choice" take of each
+oracle the scheme that it knows to be its best instead. All are judged on images that no choice but
+the last oracle's was made by: the loss and the mean square distance from the base's prediction,
+with Student's 95 % interval of the difference from the offline proxy over the images of all seeds,
+the noise of each averaged before.
 
 Hardware and hours: `digits` about a quarter of an hour a seed and setting on a CPU core, nearly
 all of it the oracles.
@@ -52,24 +48,21 @@ from tdc_ray.pruning.changes import Bound, Change, Distrust, Move, Planner
 from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.fingerprint import IMAGES_VERSION
 from tdc_ray.pruning.group import GroupSearch
-from tdc_ray.pruning.knapsack import step_worth
-from tdc_ray.pruning.loaded_base import LoadedBase, load_base, measure, prune_and_refit
+from tdc_ray.pruning.loaded_base import Measured, load_base, measure, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.noised import Purpose, noised_indices, run_all
 from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.proxy import Proposal, Proxy, Round
 from tdc_ray.pruning.result import SearchCost, SearchResult
 from tdc_ray.pruning.search import search_submodel
-from tdc_ray.pruning.space import Scheme, fit_to_limit
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 from tdc_ray.storage.files import append_json_line, read_json_lines
 
-MAX_TRIES = 50
+MAX_TRIES, ORACLE_TRIES = 50, 3
 """Changes that a partner suggests in a round, at most."""
 
 NUM_TRUE, NUM_JUDGED = 512, 4096
-"""Noised images that an oracle's knowledge, and the judgement, rest on. The first half of the
-latter are the verdict's, which the oracle of the judge knows, the others the fresh noise."""
+"""Noised images that an oracle's knowledge, and the judgement, rest on."""
 
 SMOKE_IMAGES = 64
 
@@ -84,9 +77,6 @@ Partner = Callable[[Round, Planner, np.random.Generator], Change]
 
 Knowledge = Callable[[KeptIndices], float]
 """What an oracle knows of a sub-model: lower is better."""
-
-Value = Callable[[LoadedBase, KeptIndices], float]
-"""How it comes to know that."""
 
 
 @dataclass(frozen=True)
@@ -174,52 +164,30 @@ IGNORANT: Mapping[PartnerName, Partner] = {
 }
 
 
-def distance_held_out(base: LoadedBase, kept: KeptIndices) -> float:
-    """Return what finalists rank by."""
-    return measure(base, kept).rank
+def all_knowing(known: Knowledge) -> Partner:
+    """Return the partner that adds the pin after which it knows the scheme to be best."""
+    pins: list[Bound] = []
 
+    def suggest(round_: Round, planner: Planner, draw: np.random.Generator) -> Change:
+        del draw
+        space, scores = round_.request.space, round_.request.scores
 
-def loss_of_verdict(base: LoadedBase, kept: KeptIndices) -> float:
-    """Return the loss on the images and noise of the verdict."""
-    network, batches = prune_and_refit(base, kept).network, base.batches("judge", 0.5)
-    return float(run_all([network], batches, base.schedule, "fp32").losses[0].mean())
+        def value(bounds: list[Bound]) -> float:
+            scheme = planner.plan(Change(bounds=bounds)).scheme
+            return known(select_top(space.units, scores, scheme))
 
+        current = planner.plan(Change(bounds=pins)).scheme
+        options = [pins]
+        for number, unit in enumerate(space.units):
+            for step in (space.next_narrower, space.next_wider):
+                width = step(unit.name, current[unit.name])
+                if width != current[unit.name]:
+                    others = [bound for bound in pins if bound.unit != number]
+                    options.append([*others, Bound(unit=number, least=width, most=width)])
+        pins[:] = min(options, key=value)
+        return Change(bounds=list(pins))
 
-KNOWING: Mapping[PartnerName, tuple[Purpose, Value]] = {
-    "oracle": ("held-out", distance_held_out),
-    "oracle of the judge": ("judge", loss_of_verdict),
-}
-
-
-def all_knowing(known: Knowledge) -> Proxy:
-    """Return the proxy that has measured what is best by what it knows, change by change."""
-
-    def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
-        del search, cost
-        request, tried = round_.request, [*round_.memory, *round_.measured]
-        space, predictor = request.space, Planner(request, tried).predictor
-        worth = step_worth(space, predictor.curves, predictor.factors)
-
-        def value(scheme: Scheme) -> float:
-            return known(select_top(space.units, request.scores, scheme))
-
-        def changed(scheme: Scheme, name: str, width: int) -> Scheme:
-            pinned = replace(space, legal={**space.legal, name: (width,)})
-            return fit_to_limit(pinned, {**scheme, name: width}, request.limit, worth)
-
-        best = min((entry.widths for entry in tried), key=value)
-        while round_.left:
-            start = best
-            for unit in space.units:
-                steps = space.next_narrower, space.next_wider
-                widths = {step(unit.name, best[unit.name]) for step in steps}
-                options = [changed(best, unit.name, width) for width in sorted(widths)]
-                best = min([best, *options], key=value)
-            if best == start:
-                return
-            yield from round_.measure([Proposal("llm", best)])
-
-    return proxy
+    return suggest
 
 
 def scripted(partner: Partner, seed: int) -> Proxy:
@@ -228,7 +196,7 @@ def scripted(partner: Partner, seed: int) -> Proxy:
 
     def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
         del search, cost
-        for _ in range(MAX_TRIES):
+        for _ in range(MAX_TRIES if partner in IGNORANT.values() else ORACLE_TRIES):
             if not round_.left:
                 return
             planner = Planner(round_.request, [*round_.memory, *round_.measured])
@@ -243,7 +211,7 @@ def knowledge_of(
     search: GroupSearch,
     purpose: Purpose,
     num_images: int,
-    value: Value,
+    value: Callable[[Measured], float],
     folder: Path,
     setting: str,
 ) -> Knowledge:
@@ -256,7 +224,7 @@ def knowledge_of(
     def known(kept: KeptIndices) -> float:
         key = str(sorted(kept.items()))
         if key not in found:
-            found[key] = value(base, kept)
+            found[key] = value(measure(base, kept, purpose))
             append_json_line(path, [key, found[key]])
         return found[key]
 
@@ -265,7 +233,7 @@ def knowledge_of(
 
 def judged(
     search: GroupSearch, schemes: Mapping[str, KeptIndices], num_images: int
-) -> list[dict[str, ByImage]]:
+) -> dict[str, ByImage]:
     """Measure refitted models beside the base on images that no choice is made by.
 
     Args:
@@ -274,8 +242,8 @@ def judged(
         num_images: Noised images to measure on.
 
     Returns:
-        On the verdict's noise, and on fresh noise: for each model the loss above the base's, and
-        the distance from the base's prediction, of every image: ``(2, images)``.
+        For each the loss above the base's, and the distance from the base's prediction, of every
+        image: ``(2, images)``.
     """
     prune = replace(search.context.prune, num_images=num_images)
     base = load_base(replace(search.context, prune=prune), search.group)
@@ -284,18 +252,15 @@ def judged(
     found = run_all([base.network, *networks], base.batches("judge"), base.schedule, "fp32")
     images = noised_indices(base.context, search.group, purpose="judge", count=num_images)
     losses = [losses.cpu().numpy() for losses in found.losses]
-    halves: list[dict[str, ByImage]] = []
-    for half in (slice(0, num_images // 2), slice(num_images // 2, None)):
-        by_scheme = {}
-        for kept, loss, distance in zip(distinct, losses[1:], found.distances[1:], strict=True):
-            values = np.stack([loss - losses[0], distance.cpu().numpy()])
-            by_scheme[kept] = mean_by_image(values[:, half], images[half])
-        halves.append({name: by_scheme[str(kept)] for name, kept in schemes.items()})
-    return halves
+    by_scheme = {}
+    for kept, loss, distance in zip(distinct, losses[1:], found.distances[1:], strict=True):
+        values = np.stack([loss - losses[0], distance.cpu().numpy()])
+        by_scheme[kept] = mean_by_image(values, images)
+    return {name: by_scheme[str(kept)] for name, kept in schemes.items()}
 
 
-def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> list[dict[str, Found]]:
-    """Search a seed's base by every partner, and judge what each search came to; see `judged`."""
+def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Found]:
+    """Search a seed's base by every partner, and judge what each search came to."""
     config, base = flags.config(seed), base_of(flags, seed)
     prune = replace(config.prune, num_rounds=flags.num_rounds, num_candidates=flags.num_candidates)
     config = replace(config, prune=prune)
@@ -317,25 +282,26 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> list[dict[str
 
     search = searched("offline", offline_proxy)
     searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
-    few, many = (SMOKE_IMAGES, 2 * SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
+    few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
+    oracles: dict[PartnerName, Knowledge] = {
+        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank, place, setting),
+        "oracle of the judge": knowledge_of(
+            search, "judge", few, lambda one: one.loss, place, setting
+        ),
+    }
     for name in flags.partners:
-        if name in IGNORANT:
-            searched(name, scripted(IGNORANT[name], seed))
-            continue
-        purpose, value = KNOWING[name]
-        count = many if purpose == "judge" else few
-        known = knowledge_of(search, purpose, count, value, place, setting)
-        searched(name, all_knowing(known))
-        own = f"{name}, its own choice"
-        results[own] = results[name]
-        schemes[own] = min((one.kept for one in results[name].candidates), key=known)
-    return [
-        {
-            name: Found(images[name], len(result.candidates), _final_rank(result, schemes[name]))
-            for name, result in results.items()
-        }
-        for images in judged(search, schemes, many)
-    ]
+        known = oracles.get(name)
+        partner = IGNORANT[name] if known is None else all_knowing(known)
+        searched(name, scripted(partner, seed))
+        if known is not None:
+            own = f"{name}, its own choice"
+            results[own] = results[name]
+            schemes[own] = min((one.kept for one in results[name].candidates), key=known)
+    by_image = judged(search, schemes, many)
+    return {
+        name: Found(by_image[name], len(result.candidates), _final_rank(result, schemes[name]))
+        for name, result in results.items()
+    }
 
 
 def _final_rank(result: SearchResult, kept: KeptIndices) -> float | None:
@@ -369,10 +335,8 @@ def main(flags: PartnerFlags) -> None:
     found: dict[str, dict[str, list[Found]]] = {}
     for seed in flags.seeds:
         for setting in flags.settings:
-            names = setting, f"{setting}, fresh noise"
-            for noise, by_name in zip(names, search_by_all(flags, seed, setting), strict=True):
-                for name, one in by_name.items():
-                    found.setdefault(noise, {}).setdefault(name, []).append(one)
+            for name, one in search_by_all(flags, seed, setting).items():
+                found.setdefault(setting, {}).setdefault(name, []).append(one)
             write_all(folder, flags, found)
 
 

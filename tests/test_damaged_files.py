@@ -2,7 +2,7 @@
 
 `pytest -n 0 -o addopts="" -o timeout=0 tests/test_damaged_files.py --hypothesis-profile fuzz`
 tries 10,000 of each kind (`FUZZ_EXAMPLES` says otherwise), and with `FUZZ_RECORD=FILE` writes what
-they took: 8 to 12 ms of CPU each, 100 to 200 ms of weights and checkpoints.
+they took: about 10 ms of CPU each, some 200 ms of checkpoints.
 """
 
 import dataclasses

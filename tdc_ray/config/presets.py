@@ -54,7 +54,7 @@ def digits() -> RunConfig:
         # As good as 200 steps of DDIM here: more of its steps would not raise the score.
         sampler=SamplerConfig(sampler="dpmsolver++", num_inference_steps=20),
         evaluate=EvaluateConfig(num_images=2000, features="classifier"),
-        # Nothing else runs beside stage 1.
+        # Of a single run nothing else is at work beside stage 1.
         compute=ComputeConfig(cpus_per_base_worker=2),
     )
 

@@ -12,8 +12,8 @@ from tdc_ray.data.sources.datasets import is_saved
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
 from tdc_ray.data.sources.shards import shard_paths
-from tdc_ray.data.sources.walk import image_paths, train_folder
-from tdc_ray.errors import ConfigError
+from tdc_ray.data.sources.walk import image_paths, lone_splits, train_folder
+from tdc_ray.errors import ConfigError, DataError
 from tdc_ray.storage.object_store import resolve_path
 
 SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
@@ -82,9 +82,15 @@ def train_split(folder: str) -> str:
     It is the folder itself where its folders are no splits.
 
     Raises:
-        DataError: The folder cannot be listed, or a link leads to nothing.
+        DataError: The folder cannot be listed, a link leads to nothing, or no split is to train
+            on.
     """
     root = resolve_path(folder)
+    if splits := lone_splits(root):
+        raise DataError(
+            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as train. "
+            "Name the folder of the one to take."
+        )
     train = train_folder(root)
     if train is None:
         return folder

@@ -137,7 +137,7 @@ def _compared(results: Results, comparison: ComparisonResult) -> list[str]:
 def seen_text(comparison: ComparisonResult) -> str:
     """Write whether the base was trained on the images that losses are compared on."""
     if comparison.seen_by_base is None:
-        return "Whether the base was trained on these images is not known."
+        return "The base may have been trained on these images."
     if comparison.seen_by_base:
         return (
             "Stage 1 was trained on these images, which favours TDC, as a base that is trained on "

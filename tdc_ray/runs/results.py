@@ -314,8 +314,8 @@ class ComparisonResult:
     """Noised images of each group: all times that one of these was noised."""
 
     seen_by_base: bool | None = None
-    """Whether stage 1 was trained on these images; None where that is not known, as of a base that
-    was given."""
+    """Whether stage 1 was trained on these images; None for a base that was given, and in results
+    of older versions."""
 
     mean: LossDifference
     """Over all timesteps alike."""

@@ -32,7 +32,7 @@ from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
 from tdc_ray.storage.object_store import resolve_path
 
-VERSION = 2
+VERSION = 3
 """Rises with what is in an index, so that older ones are made again."""
 
 logger = logging.getLogger(__name__)

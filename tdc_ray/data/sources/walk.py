@@ -86,8 +86,7 @@ def train_folder(root: Path) -> Path | None:
     that there is none, or that there are images or folders of other names beside it.
 
     Raises:
-        DataError: The folder cannot be listed, a link leads to nothing, or it is not known which
-            of several parts to take.
+        DataError: The folder cannot be listed, or a link leads to nothing.
     """
     trail = [root.resolve()]
     while True:
@@ -100,17 +99,23 @@ def train_folder(root: Path) -> Path | None:
             if (name.lower() not in TRAIN | OTHER_SPLITS)
             and (is_folder or Path(name).suffix.lower() in image_suffixes())
         }
-        if len(parts) > 1 and not (train or others):
-            raise DataError(
-                f"{root} holds the splits {' and '.join(parts)}, and none to train on, such as "
-                "train. Name the folder of the one to take."
-            )
         if parts or list(others.values()) != [True]:
             return root / train[0] if len(train) == 1 and not others else None
         root /= next(iter(others))
         if _leads_back(root, trail):
             return None
         trail.append(root.resolve())
+
+
+def lone_splits(root: Path) -> list[str]:
+    """Return the names of a folder's parts where it has nothing else, and none to train on.
+
+    Raises:
+        DataError: The folder cannot be listed, or a link leads to nothing.
+    """
+    names = [name for name, _ in _entries(root, Counter())]
+    are_splits = len(names) > 1 and all(name.lower() in OTHER_SPLITS for name in names)
+    return names if are_splits else []
 
 
 def in_other_split(root: Path, folder: str) -> bool:
