@@ -88,8 +88,8 @@ def train_split(folder: str) -> str:
     root = resolve_path(folder)
     if splits := lone_splits(root):
         raise DataError(
-            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as train. "
-            "Name the folder of the one to take."
+            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as "
+            "train. Name the folder of the one to take."
         )
     train = train_folder(root)
     if train is None:
