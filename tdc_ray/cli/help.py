@@ -16,14 +16,14 @@ COLUMN = 36
 """Column in which texts begin."""
 
 IMAGES = {
-    "--data PATH": "images of your own, a folder or a file; base: drawn from --base",
+    "--data PATH": "your own images: a folder, a file, a hub data set; base: drawn from --base",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
     "--data.image-size PIXELS": "what images are brought to: 64 for a square, or 48x64",
     "--data.num-channels N": "grey or colour",
 }
 MODEL = {
     "--base BASE": "start from a released or saved base, in place of training one",
-    "--model.architecture NAME": "the network that is trained otherwise",
+    "--model.architecture NAME": "network to train where no --base is given",
     "--conditioning.num-classes N": "classes that the model is conditioned on",
 }
 PLAN = {
@@ -44,9 +44,9 @@ SAMPLING = {
     "--sampler.sampler NAME": "how images are drawn",
     "--sampler.scheduler NAME": "any scheduler of diffusers in its place, or base: the base's own",
     "--sampler.num-inference-steps N": "denoising steps",
-    "--evaluate.num-images N": "images of each model that scores are of",
+    "--evaluate.num-images N": "images sampled from each model for its score",
     "--evaluate.features NAME": "features",
-    "--compare KIND": "what TDC is compared with, too",
+    "--compare KIND": "equal-macs: also train the base longer by what TDC took",
 }
 WORKERS = {
     "--compute.num-actors N": "most workers side by side; default: as many as fit",

@@ -60,7 +60,7 @@ def _say_interrupted(number: int) -> None:
 
 
 def _how_to_resume(arguments: Sequence[str]) -> str:
-    if not set(arguments[:1]) & set(RESUMABLE):
+    if not set(arguments[:1]) & set(RESUMABLE) or "--dry-run" in arguments:
         return ""
     return ": what is finished is kept; run the same command again to resume"
 

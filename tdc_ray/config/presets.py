@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from difflib import get_close_matches
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.data import DataConfig
@@ -347,5 +348,7 @@ def preset(name: str) -> RunConfig:
         ConfigError: No preset has this name.
     """
     if name not in PRESETS:
-        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {name}.")
+        close = get_close_matches(name, PRESETS)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {name}.{hint}")
     return PRESETS[name]()

@@ -61,6 +61,7 @@ def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["run", "--preset", "nothing"], ["--preset must be one of digits,", "got nothing"]),
+        (["run", "--preset", "cifar"], ["got cifar. Did you mean cifar10?"]),
         (["plan", "--plan.min-macs-share", "1.5"], ["plan.min_macs_share", "at most 1", "1.5"]),
         (["run", "--finetune.batch-size", "0"], ["finetune.batch_size", "at least 1", "0"]),
         (["run", "--preset", "mnist", "--dry-run"], ["mnist.npz does not exist", "--data.path"]),
