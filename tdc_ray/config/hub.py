@@ -57,12 +57,12 @@ def hub_dataset(name: str) -> HubName | None:
     return HubName(match[1], match[2], match[3])
 
 
-def settled(name: str, before: str | None) -> str:
-    """Return a name as an earlier call settled it: with its commit, where none is named.
+def with_recorded_commit(name: str, before: str | None) -> str:
+    """Return a name with the commit that an earlier call recorded, where no revision is named.
 
     Args:
         name: Of a data set, a base, or a path, which stays.
-        before: The name that the earlier call settled on; None means that there was none.
+        before: The name that the earlier call recorded; None means that there was none.
     """
     asked, taken = _DATASET.fullmatch(name), _DATASET.fullmatch(before or "")
     is_same = asked and taken and asked[2] is None and asked.group(1, 3) == taken.group(1, 3)

@@ -10,8 +10,9 @@ from PIL import Image
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.hub import hub_base, hub_dataset, settled
-from tdc_ray.config.run import from_json, to_json, with_absolute_paths
+from tdc_ray.config.hub import hub_base, hub_dataset, with_recorded_commit
+from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.run import RunConfig, from_json, to_json, with_absolute_paths
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import images_summary
 from tdc_ray.runs.choices import with_choices, with_pretrained
@@ -90,8 +91,8 @@ def test_names_of_the_hub_have_a_revision():
         ("/a/b", "/a/b", "/a/b"),
     ],
 )
-def test_a_name_without_a_revision_is_settled_as_before(name, before, expected):
-    assert settled(name, before) == expected
+def test_a_name_without_a_revision_gets_the_recorded_commit(name, before, expected):
+    assert with_recorded_commit(name, before) == expected
 
 
 def test_a_run_keeps_the_commit_of_its_images_wherever_it_is_resumed(server, monkeypatch):
@@ -135,6 +136,13 @@ def test_a_run_of_an_older_version_keeps_the_name_that_it_has(server):
     server.commit(DATA, pictures(3))
     data = DataConfig(source="datasets", path="a/b")
     assert with_commit(data, "a/b") == data
+
+
+def test_a_run_of_an_older_version_keeps_the_name_of_its_base(server, tmp_path):
+    server.commit(MODEL, pipeline(tmp_path / "p", beta_end=0.02))
+    config = RunConfig(model=ModelConfig(base="a/b"))
+    write_json(Path("config.json"), to_json(config))
+    assert with_pretrained(config, Path("config.json"))[0] == config
 
 
 def test_the_dry_run_shows_both_commits(server, tmp_path, capsys):
