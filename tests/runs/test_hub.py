@@ -1,5 +1,6 @@
 """Images and bases on the Hugging Face hub: which commit a run takes, and keeps."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, to_json, with_absolute_paths
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import images_summary
+from tdc_ray.errors import DataError
 from tdc_ray.runs.choices import with_choices, with_pretrained
 from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import resolve_base
@@ -39,6 +41,14 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
         yield running
+
+
+def go_offline(monkeypatch):
+    """Leave what is in the caches alone, as in a later process."""
+    load_dataset.cache_clear()
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 def pictures(count):
@@ -125,11 +135,19 @@ def test_without_a_network_the_commit_in_the_cache_is_taken(server, monkeypatch,
     commit = server.commit(DATA, pictures(3) | readme)
     data = DataConfig(source="datasets", path="a/b")
     assert len(load_dataset(data)) == 3
-    load_dataset.cache_clear()
-    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert with_commit(data).path == f"a/b@{commit}"
+
+
+def test_without_a_network_a_commit_that_is_named_is_found_beside_later_ones(server, monkeypatch):
+    commits = [server.commit(DATA, pictures(count)) for count in (3, 5)]
+    pinned = [DataConfig(source="datasets", path=f"a/b@{commit}") for commit in commits]
+    before = [load_dataset(data).fingerprint() for data in pinned]
+    go_offline(monkeypatch)
+    assert [len(load_dataset(data)) for data in pinned] == [3, 5]
+    assert [load_dataset(data).fingerprint() for data in pinned] == before
+    with pytest.raises(DataError, match="neither a path here nor a data set"):
+        load_dataset(replace(pinned[0], path=f"a/b@{'0' * 40}"))
 
 
 def test_a_run_of_an_older_version_keeps_the_name_that_it_has(server):
