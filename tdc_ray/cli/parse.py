@@ -319,7 +319,10 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
 
 
 def _as_recorded(base: str, run_dir: Path | None) -> str:
-    """Return a base's name with the commit on the hub that the settings of a run have, if any."""
+    """Return a base's name with the commit on the hub that a run recorded, if its folder is named.
+
+    Runs in their default folders, and sweeps, read what the newest commit says of the settings.
+    """
     if run_dir is None:
         return base
     before = recorded_settings(RunDir(resolve_path(run_dir)).config)

@@ -36,7 +36,10 @@ class HubName(NamedTuple):
         return self.revision if is_commit else None
 
     def at(self, commit: str) -> Self:
-        """Return the name with the commit that was taken, unless a revision is named."""
+        """Return the name with the commit that was taken, unless a revision is named.
+
+        A branch or tag stays, too, and may be another commit later.
+        """
         return self._replace(revision=self.revision or commit)
 
 
