@@ -99,7 +99,7 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(trained):
 
 
 @pytest.mark.parametrize(
-    "document", [[], {}, {"data": None}, {"data": {"path": 1}}, {"datas": {}}]
+    "document", [[], {}, {"data": None}, {"data": {"path": 1}}, {"other": {}}]
 )
 def test_settings_that_are_none_are_refused(tmp_path, document):
     write_json(tmp_path / SETTINGS_FILE, document)
