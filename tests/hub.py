@@ -18,8 +18,6 @@ class Hub(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.commits: dict[str, dict[str, Files]] = {}
-        self.asked: list[str] = []
-        """Method and path of every request."""
 
     @property
     def endpoint(self) -> str:
@@ -60,7 +58,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         path = unquote(urlsplit(self.path).path)
-        self.server.asked.append(f"{self.command} {path}")
         is_api, path = path.startswith("/api/"), path.removeprefix("/api").strip("/")
         if not is_api and not path.startswith("datasets/"):
             path = f"models/{path}"

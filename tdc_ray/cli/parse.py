@@ -48,7 +48,7 @@ from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
 from tdc_ray.config.diffusion import PredictionType
-from tdc_ray.config.hub import settled
+from tdc_ray.config.hub import with_recorded_commit
 from tdc_ray.config.presets import PRESETS, preset
 from tdc_ray.config.run import (
     RunConfig,
@@ -319,11 +319,14 @@ def _defaults(arguments: Sequence[str]) -> RunConfig:
 
 
 def _as_recorded(base: str, run_dir: Path | None) -> str:
-    """Return a base's name with the commit on the hub that the settings of a run have, if any."""
+    """Return a base's name with the commit on the hub that a run recorded, if its folder is named.
+
+    Runs in their default folders, and sweeps, read what the newest commit says of the settings.
+    """
     if run_dir is None:
         return base
     before = recorded_settings(RunDir(resolve_path(run_dir)).config)
-    return settled(base, None if before is None else before.model.base)
+    return with_recorded_commit(base, None if before is None else before.model.base)
 
 
 def _of_own_images(data: str, arguments: Sequence[str]) -> RunConfig:

@@ -36,7 +36,10 @@ class HubName(NamedTuple):
         return self.revision if is_commit else None
 
     def at(self, commit: str) -> Self:
-        """Return the name with the commit that was taken, unless a revision is named."""
+        """Return the name with the commit that was taken, unless a revision is named.
+
+        A branch or tag stays, too, and may be another commit later.
+        """
         return self._replace(revision=self.revision or commit)
 
 
@@ -57,12 +60,12 @@ def hub_dataset(name: str) -> HubName | None:
     return HubName(match[1], match[2], match[3])
 
 
-def settled(name: str, before: str | None) -> str:
-    """Return a name as an earlier call settled it: with its commit, where none is named.
+def with_recorded_commit(name: str, before: str | None) -> str:
+    """Return a name with the commit that an earlier call recorded, where no revision is named.
 
     Args:
         name: Of a data set, a base, or a path, which stays.
-        before: The name that the earlier call settled on; None means that there was none.
+        before: The name that the earlier call recorded; None means that there was none.
     """
     asked, taken = _DATASET.fullmatch(name), _DATASET.fullmatch(before or "")
     is_same = asked and taken and asked[2] is None and asked.group(1, 3) == taken.group(1, 3)

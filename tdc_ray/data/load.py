@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.hub import hub_dataset, settled
+from tdc_ray.config.hub import hub_dataset, with_recorded_commit
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.sources import (
     base,
@@ -77,7 +77,7 @@ def with_commit(config: DataConfig, before: str | None = None) -> DataConfig:
     if not config.is_on_hub:
         return config
     assert config.path is not None
-    kept = settled(config.path, before)
+    kept = with_recorded_commit(config.path, before)
     hub = hub_dataset(kept)
     assert hub is not None
     if kept == before or hub.revision is not None:

@@ -1,6 +1,6 @@
 """What a run chooses once, so that later calls keep it.
 
-That are its network, its steps by a budget, and the commits of images and base on the hub.
+These are its network, its steps by a budget, and the commits of images and base on the hub.
 """
 
 import json
@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdc_ray.config.budget import LEAST_IMAGES, STEP_FIELDS
-from tdc_ray.config.hub import settled
+from tdc_ray.config.hub import with_recorded_commit
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, named_differences, recorded_settings
@@ -36,8 +36,8 @@ def with_pretrained(
             on the hub is kept.
 
     Returns:
-        The settings, naming the commit of a base on the hub, and the base; None where the run
-        trains its own.
+        The settings, naming the commit of a base on the hub unless the recorded ones name none,
+        and the base; None where the run trains its own.
 
     Raises:
         CheckpointError: There is none, or it is malformed.
@@ -46,10 +46,12 @@ def with_pretrained(
     name = config.model.base
     if name is None:
         return config, None
-    before = recorded_settings(recorded)
-    name = settled(name, None if before is None else before.model.base)
+    settings = recorded_settings(recorded)
+    before = None if settings is None else settings.model.base
+    name = with_recorded_commit(name, before)
     base = resolve_base(name, config.diffusion.prediction_type)
-    return replace(config, model=replace(config.model, base=base.source)), base
+    kept = name if name == before else base.source
+    return replace(config, model=replace(config.model, base=kept)), base
 
 
 def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from tdc_ray.config.data import BUNDLED, DataConfig
-from tdc_ray.config.hub import settled
+from tdc_ray.config.hub import with_recorded_commit
 from tdc_ray.config.presets import images
 from tdc_ray.config.run import (
     RunConfig,
@@ -112,7 +112,7 @@ def _recorded(run_dir: Path, path: str) -> RunConfig | None:
     before = recorded_settings(RunDir(run_dir).config)
     data = None if before is None else with_absolute_paths(before).data.path
     root = resolve_path(path).resolve()
-    is_same = data in (path, settled(path, data), str(root), str(_train_folder(root)))
+    is_same = data in (path, with_recorded_commit(path, data), str(root), str(_train_folder(root)))
     return before if data is not None and is_same else None
 
 

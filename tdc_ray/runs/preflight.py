@@ -30,7 +30,7 @@ from tdc_ray.storage.files import exists, read_json
 from tdc_ray.storage.object_store import display_path
 
 LEAST_JUDGED = 2
-"""Images that losses are compared on, at least."""
+"""Images that losses are compared on, or that scores are against, at least."""
 
 
 def check(
@@ -112,7 +112,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
     check_prompts(config, network)
     dataset = load_dataset(config.data)
     log_summary(config.data)
-    check_held_out(config, dataset)
+    check_enough_images(config, dataset)
     if reads_text(network):  # guidance leads away from the empty prompt
         return
     check_conditioning(
@@ -123,7 +123,7 @@ def check_data(config: RunConfig, network: NetworkConfig) -> None:
     )
 
 
-def check_held_out(config: RunConfig, dataset: ImageDataset) -> None:
+def check_enough_images(config: RunConfig, dataset: ImageDataset) -> None:
     """Check that there are two images at least for whatever models are compared by.
 
     Losses have no interval otherwise, and features no covariance.
@@ -159,7 +159,7 @@ def check_prompts(config: RunConfig, network: NetworkConfig) -> None:
         DataError: They are missing or malformed.
     """
     data, conditioning = config.data, config.conditioning
-    check_negative_prompt(config.sampler, reads_text=reads_text(network))
+    check_negative_prompt(config.sampler, is_text_conditional=reads_text(network))
     if not reads_text(network):
         if data.text_encoder is not None:
             raise ConfigError(
@@ -262,7 +262,7 @@ def refuse_other_settings(path: Path, config: RunConfig, kind: str, another: str
         )
 
 
-def check_negative_prompt(sampler: SamplerConfig, *, reads_text: bool) -> None:
+def check_negative_prompt(sampler: SamplerConfig, *, is_text_conditional: bool) -> None:
     """Check that a negative prompt is read by the network, and that guidance leads away from it.
 
     Raises:
@@ -274,7 +274,8 @@ def check_negative_prompt(sampler: SamplerConfig, *, reads_text: bool) -> None:
         "negative_prompt",
         "None for a base that is not conditioned on text, or with guidance_scale 1, which leads "
         "away from nothing",
-        ok=sampler.negative_prompt is None or (reads_text and sampler.guidance_scale != 1),
+        ok=sampler.negative_prompt is None
+        or (is_text_conditional and sampler.guidance_scale != 1),
     )
 
 

@@ -24,7 +24,7 @@ from tdc_ray.data.dataset import ImageBatch, ImageDataset
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import log_summary
 from tdc_ray.diffusion.train import LossWindow, TrainState, start_state, update
-from tdc_ray.errors import StorageError
+from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.device import worker_device
 from tdc_ray.execution.events import EventSink, Finished, Started, listening, reporter
 from tdc_ray.execution.item import Report
@@ -65,13 +65,12 @@ def train_autoencoder(
 
     Raises:
         DataError: The dataset is missing or malformed.
-        StorageError: ``out`` is in use, or is of other settings.
+        StorageError: ``out`` is in use, or is of other settings, or they are unreadable.
         NonFiniteLossError: Training diverged.
     """
     started = time.perf_counter()
     config, out = _with_absolute_path(config), resolve_path(out)
-    before = read_json(out / SETTINGS_FILE) if exists(out / SETTINGS_FILE) else None
-    config = replace(config, data=with_commit(config.data, before and before["data"]["path"]))
+    config = replace(config, data=with_commit(config.data, _recorded_images(out)))
     dataset = load_dataset(config.data)
     log_summary(config.data)
     rest, held_out = held_out_split(dataset, config.held_out_share, config.seed)
@@ -234,6 +233,27 @@ def _with_absolute_path(config: AutoencoderConfig) -> AutoencoderConfig:
     if path is None or config.data.is_on_hub:
         return config
     return replace(config, data=replace(config.data, path=str(resolve_path(path).resolve())))
+
+
+def _recorded_images(out: Path) -> str | None:
+    """Return the ``data.path`` of an earlier call, if there was one.
+
+    Raises:
+        StorageError: Its settings are unreadable, or of another version.
+    """
+    path = out / SETTINGS_FILE
+    if not exists(path):
+        return None
+    document = read_json(path)
+    try:
+        AutoencoderConfig(**document)  # which checks it
+        recorded: str | None = document["data"]["path"]
+    except (ConfigError, KeyError, TypeError) as error:
+        raise StorageError(
+            f"{display_path(path)} is of another version, or holds no settings ({error}). Choose "
+            "another --out."
+        ) from error
+    return recorded
 
 
 def _keep_settings(out: Path, config: AutoencoderConfig) -> None:

@@ -1,5 +1,6 @@
 """Images and bases on the Hugging Face hub: which commit a run takes, and keeps."""
 
+from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
@@ -10,10 +11,12 @@ from PIL import Image
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.hub import hub_base, hub_dataset, settled
-from tdc_ray.config.run import from_json, to_json, with_absolute_paths
+from tdc_ray.config.hub import hub_base, hub_dataset, with_recorded_commit
+from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.run import RunConfig, from_json, to_json, with_absolute_paths
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import images_summary
+from tdc_ray.errors import DataError
 from tdc_ray.runs.choices import with_choices, with_pretrained
 from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import resolve_base
@@ -38,6 +41,14 @@ def server(tmp_path, monkeypatch):
         monkeypatch.setattr("datasets.config.HF_ENDPOINT", url)
         monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "datasets")
         yield running
+
+
+def go_offline(monkeypatch):
+    """Leave what is in the caches alone, as in a later process."""
+    load_dataset.cache_clear()
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
 
 
 def pictures(count):
@@ -90,8 +101,8 @@ def test_names_of_the_hub_have_a_revision():
         ("/a/b", "/a/b", "/a/b"),
     ],
 )
-def test_a_name_without_a_revision_is_settled_as_before(name, before, expected):
-    assert settled(name, before) == expected
+def test_a_name_without_a_revision_gets_the_recorded_commit(name, before, expected):
+    assert with_recorded_commit(name, before) == expected
 
 
 def test_a_run_keeps_the_commit_of_its_images_wherever_it_is_resumed(server, monkeypatch):
@@ -124,17 +135,32 @@ def test_without_a_network_the_commit_in_the_cache_is_taken(server, monkeypatch,
     commit = server.commit(DATA, pictures(3) | readme)
     data = DataConfig(source="datasets", path="a/b")
     assert len(load_dataset(data)) == 3
-    load_dataset.cache_clear()
-    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    go_offline(monkeypatch)
     assert with_commit(data).path == f"a/b@{commit}"
+
+
+def test_without_a_network_a_commit_that_is_named_is_found_beside_later_ones(server, monkeypatch):
+    commits = [server.commit(DATA, pictures(count)) for count in (3, 5)]
+    pinned = [DataConfig(source="datasets", path=f"a/b@{commit}") for commit in commits]
+    before = [load_dataset(data).fingerprint() for data in pinned]
+    go_offline(monkeypatch)
+    assert [len(load_dataset(data)) for data in pinned] == [3, 5]
+    assert [load_dataset(data).fingerprint() for data in pinned] == before
+    with pytest.raises(DataError, match="neither a path here nor a data set"):
+        load_dataset(replace(pinned[0], path=f"a/b@{'0' * 40}"))
 
 
 def test_a_run_of_an_older_version_keeps_the_name_that_it_has(server):
     server.commit(DATA, pictures(3))
     data = DataConfig(source="datasets", path="a/b")
     assert with_commit(data, "a/b") == data
+
+
+def test_a_run_of_an_older_version_keeps_the_name_of_its_base(server, tmp_path):
+    server.commit(MODEL, pipeline(tmp_path / "p", beta_end=0.02))
+    config = RunConfig(model=ModelConfig(base="a/b"))
+    write_json(Path("config.json"), to_json(config))
+    assert with_pretrained(config, Path("config.json"))[0] == config
 
 
 def test_the_dry_run_shows_both_commits(server, tmp_path, capsys):

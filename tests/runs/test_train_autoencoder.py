@@ -20,10 +20,12 @@ from tdc_ray.models.first_stage import WEIGHTS_FILE, load_first_stage
 from tdc_ray.runs.train_autoencoder import (
     CHECKPOINT_FILE,
     REPORT_FILE,
+    SETTINGS_FILE,
     autoencoder_loss,
     build_autoencoder,
     train_autoencoder,
 )
+from tdc_ray.storage.files import write_json
 from tests.small import assert_same
 
 
@@ -94,6 +96,15 @@ def test_other_settings_in_the_same_folder_are_refused_by_name(trained):
     changed = replace(settings(), kl_weight=0.5)
     with pytest.raises(StorageError, match=r"kl_weight 0\.001 -> 0\.5.*--out"):
         train_autoencoder(changed, trained[0])
+
+
+@pytest.mark.parametrize(
+    "document", [[], {}, {"data": None}, {"data": {"path": 1}}, {"other": {}}]
+)
+def test_settings_that_are_none_are_refused(tmp_path, document):
+    write_json(tmp_path / SETTINGS_FILE, document)
+    with pytest.raises(StorageError, match=f"{SETTINGS_FILE} is of another version.*--out"):
+        train_autoencoder(settings(), tmp_path)
 
 
 @pytest.mark.slow

@@ -28,7 +28,7 @@ from tdc_ray.storage.files import read_json
 from tdc_ray.storage.object_store import resolve_path
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, DatasetDict
     from pyarrow import ChunkedArray  # imported where they are needed
 
 STATE, SPLITS = "state.json", "dataset_dict.json"
@@ -229,27 +229,51 @@ def _from_hub(hub: HubName, left_out: Counter[str]) -> tuple["Dataset", list[Pat
     import datasets
     from huggingface_hub import HfApi, constants, try_to_load_from_cache
 
-    name, newest = hub.repository, None
+    name, newest, loaded = hub.repository, None, None
     try:  # Once: load_dataset asks for half a minute, where there is no network.
         api = HfApi(endpoint=datasets.config.HF_ENDPOINT)
         newest = api.dataset_info(name, revision=hub.revision, timeout=HUB_SECONDS).sha
     except Exception:
-        known = try_to_load_from_cache(
+        loaded = _cached(hub)
+        known = loaded or try_to_load_from_cache(
             name, "README.md", revision=hub.revision, repo_type="dataset"
         )
         if known is None:
             raise
     # By the revision as it is named, under which the cache then knows it without a network.
-    loaded = datasets.load_dataset(
+    loaded = loaded or datasets.load_dataset(
         name, hub.config_name, revision=hub.revision, keep_in_memory=False
     )
     rows = loaded[_train_split(list(loaded), name, left_out)]
-    # Without a network it takes whatever commit is cached, in a folder of that name.
+    # Without a network it takes the commit that was cached last, in a folder of that name.
     kept = HubName(name, Path(rows.cache_files[0]["filename"]).parent.name).commit
     if None not in (kept, hub.commit) and kept != hub.commit:
         raise DataError(f"data.path {hub} is not cached, but commit {kept}: name that.")
     caches = (constants.HF_HUB_CACHE, datasets.config.HF_DATASETS_CACHE)
     return rows, [Path(cache).expanduser().resolve() for cache in caches], kept or newest
+
+
+def _cached(hub: HubName) -> "DatasetDict | None":
+    """Return a commit that is named from the cache, of which ``datasets`` takes the last alone."""
+    import datasets
+    from datasets.naming import camelcase_to_snakecase
+    from datasets.packaged_modules.cache.cache import Cache
+
+    owner, _, name = hub.repository.partition("/")
+    cache = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
+    pattern = f"{hub.config_name or '*'}/*/{hub.commit}"
+    found = list((cache / f"{owner}___{camelcase_to_snakecase(name)}").glob(pattern))
+    if hub.commit is None or len(found) != 1:
+        return None
+    *_, config_name, version, commit = found[0].parts
+    builder = Cache(
+        repo_id=hub.repository,
+        dataset_name=name,
+        config_name=config_name,
+        version=version,
+        hash=commit,
+    )
+    return builder.as_dataset()
 
 
 def _saved(folder: Path, left_out: Counter[str]) -> "Dataset":
