@@ -16,7 +16,7 @@ COLUMN = 36
 """Column in which texts begin."""
 
 IMAGES = {
-    "--data PATH": "your own images: a folder, a file, a hub data set; base: drawn from --base",
+    "--data PATH": "your images: folder, file or hub name; base: drawn from --base",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
     "--data.image-size PIXELS": "what images are brought to: 64 for a square, or 48x64",
     "--data.num-channels N": "grey or colour",
@@ -46,7 +46,7 @@ SAMPLING = {
     "--sampler.num-inference-steps N": "denoising steps",
     "--evaluate.num-images N": "images sampled from each model for its score",
     "--evaluate.features NAME": "features",
-    "--compare KIND": "equal-macs: also train the base longer by what TDC took",
+    "--compare KIND": "equal-macs: the base trained on, too",
 }
 WORKERS = {
     "--compute.num-actors N": "most workers side by side; default: as many as fit",
