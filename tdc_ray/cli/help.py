@@ -46,7 +46,7 @@ SAMPLING = {
     "--sampler.num-inference-steps N": "denoising steps",
     "--evaluate.num-images N": "images sampled from each model for its score",
     "--evaluate.features NAME": "features",
-    "--compare KIND": "equal-macs: the base trained on, too",
+    "--compare KIND": "equal-macs also trains the base longer",
 }
 WORKERS = {
     "--compute.num-actors N": "most workers side by side; default: as many as fit",
