@@ -214,7 +214,8 @@ def test_a_dry_run_and_a_run_without_the_features_they_ask_for_are_refused_befor
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "img").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "img" / "1.png")
+    for number in range(8):
+        Image.new("RGB", (8, 8)).save(tmp_path / "img" / f"{number}.png")
     for more in (["--dry-run"], []):
         own = ["--data", "img", "--evaluate.cache-dir", "cache", *more]
         assert run_command(["run", *own, "--evaluate.features", "inception"]) == 1

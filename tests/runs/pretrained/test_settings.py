@@ -594,7 +594,8 @@ def test_variants_are_downloaded_of_networks_that_have_nothing_else(tmp_path, mo
     make_first_stage(tmp_path / "remote/vae")
     (tmp_path / "remote/vae" / weights).touch()
 
-    def download(_name, **patterns):
+    def download(_name, *, revision, **patterns):
+        assert revision in {None, "local"}
         files = [file for file in (tmp_path / "remote").rglob("*") if file.is_file()]
         names = [file.relative_to(tmp_path / "remote").as_posix() for file in files]
         for name in filter_repo_objects(names, **patterns):
