@@ -111,9 +111,11 @@ def _recorded(run_dir: Path, path: str) -> RunConfig | None:
     """Return the settings of a run that has the same data; None where there is none."""
     before = recorded_settings(RunDir(run_dir).config)
     data = None if before is None else with_absolute_paths(before).data.path
+    if data is None:
+        return None
     root = resolve_path(path).resolve()
-    is_same = data in (path, with_recorded_commit(path, data), str(root), str(_train_folder(root)))
-    return before if data is not None and is_same else None
+    is_same = data in (path, with_recorded_commit(path, data), str(root))
+    return before if is_same or data == str(_train_folder(root)) else None
 
 
 def _train_folder(root: Path) -> Path | None:

@@ -245,9 +245,9 @@ def test_a_negative_prompt_is_that_of_its_own_pipeline(pipeline, experts, tmp_pa
     own.scheduler = loaded.scheduler
     for one in (loaded, own):
         one.set_progress_bar_config(disable=True)
-    told = {"generator": image_generators(0, 0, 2), "num_inference_steps": 2, "output_type": "np"}
-    told |= {"negative_prompt": ["ab"] * 2, "guidance_scale": 3.0, "height": 16, "width": 16}
-    expected = 255 * own(["a cat", "a"], **told).images
+    call = {"generator": image_generators(0, 0, 2), "num_inference_steps": 2, "output_type": "np"}
+    call |= {"negative_prompt": ["ab"] * 2, "guidance_scale": 3.0, "height": 16, "width": 16}
+    expected = 255 * own(["a cat", "a"], **call).images
     drawn = loaded(2, prompt=["a cat", "a"], negative_prompt="ab", output_type="np").images
     assert np.abs(drawn - expected).max() <= 1
     assert (drawn != loaded(2, prompt=["a cat", "a"], output_type="np").images).any()
@@ -267,9 +267,9 @@ def test_a_negative_prompt_that_nothing_leads_away_from_is_refused(
 ):
     loaded = ProgressivePipeline.from_pretrained(experts)
     states = states_of(pipeline, ["a"])
-    for told in ({"prompt_embeds": states}, {"prompt": "a", "guidance_scale": 1.0}):
+    for call in ({"prompt_embeds": states}, {"prompt": "a", "guidance_scale": 1.0}):
         with pytest.raises(ConfigError, match="negative_prompt must come with prompt, without"):
-            loaded(1, negative_prompt="b", **told)
+            loaded(1, negative_prompt="b", **call)
     command = ["sample", str(experts), "--prompts", "a", "--out-dir", str(tmp_path)]
     assert run_command([*command, "--negative-prompt", "b", "--guidance-scale", "1"]) == 1
     assert "negative_prompt must come with prompts and a guidance scale" in capsys.readouterr().err
