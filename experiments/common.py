@@ -25,6 +25,7 @@ from tdc_ray.execution.ray.cache_session import CacheSession
 from tdc_ray.execution.ray.cluster import connected
 from tdc_ray.execution.ray.event_collector import collecting
 from tdc_ray.execution.ray.pool import Pool
+from tdc_ray.models.config_file import with_file
 from tdc_ray.reporting.hparams import HParams
 from tdc_ray.reporting.sinks import default_sinks, trial_sinks
 from tdc_ray.runs.preflight import check
@@ -66,6 +67,8 @@ class Flags:
     architecture: str | None = None
     """Another architecture for the preset's data, such as tiny for digits; default: the
     preset's."""
+    network: Path | None = None
+    """The config.json of a network to train in place of the preset's architecture."""
     image_size: int | None = None
     """Side that images are learnt at, such as 8 for mnist with the architecture tiny; default: the
     preset's."""
@@ -110,6 +113,9 @@ class Flags:
             config = replace(config, plan=replace(config.plan, schedule=self.schedule))
         if self.architecture is not None:
             config = replace(config, model=replace(config.model, architecture=self.architecture))
+        if self.network is not None:
+            model = replace(config.model, config=str(self.network.resolve()))
+            config = replace(config, model=with_file(model))
         if self.base_steps is not None:
             config = replace(config, base=replace(config.base, num_steps=self.base_steps))
         prune = replace(config.prune, held_out_of_base=self.held_out_of_base)
@@ -121,7 +127,8 @@ class Flags:
         steps = None if self.base_steps is None else f"base-{self.base_steps}"
         held_out = "held-out" if self.held_out_of_base else None
         size = None if self.image_size is None else f"{self.image_size}px"
-        return "-".join(filter(None, (self.preset, size, self.architecture, steps, held_out)))
+        network = self.architecture if self.network is None else self.network.stem
+        return "-".join(filter(None, (self.preset, size, network, steps, held_out)))
 
 
 @dataclass(frozen=True, kw_only=True)
