@@ -1,6 +1,7 @@
 """Shared code of experiments: flags, a base for several runs, and tables with provenance."""
 
 import logging
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -31,13 +32,13 @@ from tdc_ray.reporting.sinks import default_sinks, trial_sinks
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.results import Results
 from tdc_ray.runs.run import services_of
-from tdc_ray.runs.stages.base import make_base
+from tdc_ray.runs.stages.base import last_checkpoint, make_base
 from tdc_ray.runs.sweep.results import SweepResults, with_rows
 from tdc_ray.runs.sweep.space import Choices, Domain, Params, grid, setting_name
 from tdc_ray.runs.sweep.sweep import sweep
 from tdc_ray.storage.files import exists, listing, read_json, write_json
 from tdc_ray.storage.lease import hold_lease
-from tdc_ray.storage.object_store import display_path, resolve_path
+from tdc_ray.storage.object_store import display_path, is_remote, resolve_path
 from tdc_ray.storage.provenance import commit
 from tdc_ray.storage.run_dir import RunDir
 
@@ -335,13 +336,17 @@ def workers(config: RunConfig, folder: Path, store: Path) -> Iterator[Pool]:
         yield pool
 
 
-def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
+def trained_base(
+    config: RunConfig, folder: Path, store: Path, shorter: Path | None = None
+) -> Path:
     """Train a base, unless it is finished; return the folder of its UNet.
 
     Args:
         config: The settings; only those that decide stage 1 matter.
         folder: The experiment's folder for this base.
         store: What is shared with other runs.
+        shorter: That of a base of fewer steps and else the same settings: at a constant learning
+            rate its training goes on, which gives what all steps at once would give.
     """
     run_dir = RunDir(folder.resolve())
     stage_1 = ("preset", "seed", "data", "model", "conditioning", "diffusion", "base")
@@ -357,6 +362,8 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
             collecting(default_sinks(run_dir, Console())) as events,
             CacheSession(ResultCache(store.resolve(), display_path(run_dir.root))) as session,
         ):
+            if shorter is not None and config.base.lr_schedule == "constant":
+                continue_training(RunDir(shorter.resolve()), run_dir, store.resolve())
             training = training_data(config.data, config.evaluate.cache_dir)
             with Pool(config.compute, events) as encoders:  # whose actors end before the training
                 encoders.run({"latents": prepare_latents(training)})
@@ -364,11 +371,27 @@ def trained_base(config: RunConfig, folder: Path, store: Path) -> Path:
     return run_dir.base_unet
 
 
-def base_of(flags: Flags, seed: int) -> Path:
-    """Return the folder of the UNet that is a seed's base in all experiments of a storage."""
+def continue_training(shorter: RunDir, run_dir: RunDir, store: Path) -> None:
+    """Give a base's training the checkpoints of a shorter one's, unless it has begun."""
+    state = last_checkpoint(shorter, ResultCache(store, display_path(run_dir.root)))
+    if state is None or exists(run_dir.base_training) or is_remote(run_dir.root):
+        return
+    # Ray Train's folder: its list of checkpoints names them relative to it.
+    part = run_dir.base_training.with_suffix(".part")
+    shutil.rmtree(part, ignore_errors=True)
+    shutil.copytree(state.parent.parent, part)
+    part.rename(run_dir.base_training)
+
+
+def base_folder(flags: Flags, seed: int) -> Path:
+    """Return the folder of the run that trains a seed's base."""
     size = "" if flags.steps_share == 1 else f"-{flags.steps_share:g}"
-    folder = flags.storage / f"base-{flags.variant}{size}" / f"seed-{seed}"
-    return trained_base(flags.config(seed), folder, flags.store)
+    return flags.storage / f"base-{flags.variant}{size}" / f"seed-{seed}"
+
+
+def base_of(flags: Flags, seed: int, shorter: Path | None = None) -> Path:
+    """Return the folder of the UNet that is a seed's base in all experiments of a storage."""
+    return trained_base(flags.config(seed), base_folder(flags, seed), flags.store, shorter)
 
 
 def run_once(config: RunConfig, folder: Path, store: Path) -> Results:

@@ -4,10 +4,10 @@
     python experiments/plateau.py --smoke
 
 A base of every seed is trained for each number of steps (`--steps`, rising, each twice the one
-before), and its loss over all timesteps is held against that of the one before, on the images and
-noise that `equal_compute` compares on. It is at its plateau where that falls by less than 1 %.
-With `--held-out-of-base` stage 1 has not seen those images; without, part of the fall may be that
-it learns them by heart.
+before, whose training it goes on with). Its loss over all timesteps is held against that of the
+one before, on the images and noise that `equal_compute` compares on: it is at its plateau where
+that falls by less than 1 %. With `--held-out-of-base` stage 1 has not seen those images; without,
+part of the fall may be that it learns them by heart.
 In the same storage `equal_compute --base-steps` takes the bases from here.
 
 Hardware and hours: the `tiny` network on digits takes about 15 minutes for 16,000 steps on one
@@ -22,7 +22,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import fmean
 
-from common import Flags, base_of, parse_flags, workers
+from common import Flags, base_folder, base_of, parse_flags, workers
 from equal_compute import loss_text
 from output import mean_and_spread, plot_lines, write_record, write_table
 from stages import Losses, loss_beside
@@ -55,7 +55,12 @@ class PlateauFlags(Flags):
 
 def losses_of(flags: PlateauFlags, seed: int) -> dict[int, Losses]:
     """Train the bases of a seed; return each one's losses beside those of the one before."""
-    bases = {steps: base_of(replace(flags, base_steps=steps), seed) for steps in flags.steps}
+    bases: dict[int, Path] = {}
+    shorter = None  # base, whose training the next one goes on with
+    for steps in flags.steps:
+        some = replace(flags, base_steps=steps)
+        bases[steps] = base_of(some, seed, shorter)
+        shorter = base_folder(some, seed)
     config, root = flags.config(seed), flags.storage / f"plateau-{flags.variant}" / f"seed-{seed}"
     groups = plan_groups(config.diffusion, config.plan, config.sampler).groups
     with workers(config, root, flags.store) as pool:
