@@ -62,6 +62,9 @@ CHECKPOINT_BYTES, BYTES_PER_SECOND = 16, 1e8
 FEATURE_MACS = {"inception": 5.7e9, "clip": 8e10, "dinov2": 8e10}
 """Of the features of an image."""
 
+LEAST_BASE_STEPS = 1000
+"""Where the hours have room for fewer steps of the base, architecture auto takes a smaller one."""
+
 IMAGES_SHARE = 0.5
 """Most of the time left that search and evaluation may take: of fewer images, if need be."""
 
@@ -223,6 +226,26 @@ def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[Ru
         60 * hours * MARGIN,
     )
     return with_scaled_steps(config, scale), timing
+
+
+def affordable_share(config: RunConfig, timing: Timing, elapsed: float) -> float:
+    """Return which share of the network's macs ``--hours`` has room for.
+
+    With these the base takes ``LEAST_BASE_STEPS`` steps, or the preset's, if these are fewer, and
+    search and evaluation their share of the time.
+
+    Args:
+        config: The settings of a run that trains its base.
+        timing: What their steps take.
+        elapsed: Seconds since the run started.
+    """
+    hours, num_steps = config.budget.hours, config.base.num_steps
+    assert hours is not None
+    starts = NUM_STARTS * MIN_START_SECONDS
+    room = (1 - MARGIN) * 3600 * hours - elapsed - starts
+    training = timing.training * min(1.0, LEAST_BASE_STEPS / num_steps)
+    wanted = training / (1 - IMAGES_SHARE) + timing.reference + timing.other - starts
+    return max(0.0, room) / wanted
 
 
 def with_time_left(

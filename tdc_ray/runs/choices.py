@@ -5,22 +5,28 @@ These are its network, its steps by a budget, and the commits of images and base
 
 import json
 import logging
+from contextlib import suppress
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 from tdc_ray.config.budget import LEAST_IMAGES, STEP_FIELDS
 from tdc_ray.config.hub import with_recorded_commit
-from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.model import AUTO, ModelConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, named_differences, recorded_settings
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.errors import ConfigError
 from tdc_ray.models.config_file import config_path, with_file
 from tdc_ray.models.first_stage import input_shape
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.auto import auto_unet
 from tdc_ray.runs.pretrained.sources import PretrainedBase, resolve_base
 from tdc_ray.storage.files import exists
+
+WIDTHS = (1.0, 0.5, 0.25)
+"""Factors of the channels of smaller networks, for want of time."""
 
 logger = logging.getLogger(__name__)
 
@@ -79,7 +85,7 @@ def with_choices(config: RunConfig, recorded: Path | None = None) -> RunConfig:
         config = _with_recorded_network(with_steps_of(config, before), before.model)
     if config.model.config is not None:
         return _filled(config)
-    return replace(config, model=_chosen(config)) if config.model.is_open else config
+    return _chosen(config) if config.model.is_open else config
 
 
 def _filled(config: RunConfig) -> RunConfig:
@@ -92,21 +98,59 @@ def _filled(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
 
 
-def _chosen(config: RunConfig) -> ModelConfig:
+def with_smaller_network(config: RunConfig, share: float) -> RunConfig:
+    """Return settings with a smaller network in place of one that architecture auto chose.
+
+    It is the largest of the family, with fewer channels or one residual block a level, that has at
+    most a share of its macs, else the smallest. One that ``model.width`` or ``model.depth`` asked
+    for stays, and so does any that is not auto's.
+
+    Args:
+        config: The settings of a run that trains its base.
+        share: Of the macs of a forward pass.
+    """
+    model = config.model
+    was_asked = model.config is not None or (model.width, model.depth) != (1.0, None)
+    if share >= 1 or model.architecture != AUTO or was_asked:
+        return config
+    family: dict[int, NetworkConfig] = {}
+    for width, depth in product(WIDTHS, (None, 1)):
+        with suppress(ConfigError):  # too few channels
+            network = _of_family(config, width, depth)
+            family[network_structure(network).macs] = network
+    largest = max(family)
+    chosen = max((macs for macs in family if macs <= share * largest), default=min(family))
+    return config if chosen == largest else _with_network(config, family[chosen])
+
+
+def _chosen(config: RunConfig) -> RunConfig:
     """Choose the network of architecture auto."""
     model = config.model
-    channels, height, width = input_shape(config.data)
-    num_images = len(load_dataset(config.data))
-    network = auto_unet(
+    return _with_network(config, _of_family(config, model.width, model.depth))
+
+
+def _of_family(config: RunConfig, width: float, depth: int | None) -> NetworkConfig:
+    """Return the network of the family for a run's images.
+
+    Raises:
+        ConfigError: It would have too few channels, or has no levels for their size.
+    """
+    channels, height, width_in_pixels = input_shape(config.data)
+    return auto_unet(
         height=height,
-        width=width,
+        width=width_in_pixels,
         channels=channels,
-        num_images=num_images,
+        num_images=len(load_dataset(config.data)),
         learned_sigma=config.diffusion.learned_sigma,
-        scale=model.width,
-        depth=model.depth,
+        scale=width,
+        depth=depth,
     )
+
+
+def _with_network(config: RunConfig, network: NetworkConfig) -> RunConfig:
+    """Return settings that hold the network; log it."""
     structure = network_structure(network)
+    channels, height, width = input_shape(config.data)
     logger.info(
         "model.architecture auto: %s channels, %d residual blocks a level; %.2f M parameters and "
         "%.2f M macs for %d images of %dx%dx%d",
@@ -114,12 +158,13 @@ def _chosen(config: RunConfig) -> ModelConfig:
         network["layers_per_block"],
         structure.num_params / 1e6,
         structure.macs / 1e6,
-        num_images,
+        len(load_dataset(config.data)),
         height,
         width,
         channels,
     )
-    return replace(model, network=json.loads(json.dumps(network)))
+    model = replace(config.model, network=json.loads(json.dumps(network)))
+    return replace(config, model=model)
 
 
 def with_steps_of(config: RunConfig, before: RunConfig) -> RunConfig:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.data import BASE_SAMPLES
@@ -27,6 +27,7 @@ from tdc_ray.execution.ray.service import Service
 from tdc_ray.execution.timeline import Timeline, load_history, usage
 from tdc_ray.models.first_stage import copy_first_stage
 from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.group import group_searches
 from tdc_ray.pruning.latency import timed_space
@@ -35,14 +36,22 @@ from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
 from tdc_ray.runs.budget import (
+    LEAST_BASE_STEPS,
     Timing,
+    affordable_share,
     mean_limit,
     steps_by_count,
     steps_by_time,
     timing_of,
+    trains_base,
     with_time_left,
 )
-from tdc_ray.runs.choices import with_choices, with_pretrained, with_steps_of
+from tdc_ray.runs.choices import (
+    with_choices,
+    with_pretrained,
+    with_smaller_network,
+    with_steps_of,
+)
 from tdc_ray.runs.collect_results import RunOutcome, collect_results, mean_over_sampling_steps
 from tdc_ray.runs.comparison import (
     LongerBase,
@@ -75,7 +84,12 @@ from tdc_ray.runs.events import (
     WorkersUsed,
 )
 from tdc_ray.runs.pipelines import save_index
-from tdc_ray.runs.preflight import check, check_limits, refuse_other_settings
+from tdc_ray.runs.preflight import (
+    check,
+    check_limits,
+    refuse_other_settings,
+    space_and_plan,
+)
 from tdc_ray.runs.pretrained.importer import with_first_stage
 from tdc_ray.runs.pretrained.notes import base_notes
 from tdc_ray.runs.results import Results, load_results, save_results
@@ -92,6 +106,9 @@ from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, machine, versions
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
+
+Checked: TypeAlias = tuple[NetworkConfig, Space, Plan]
+"""What ``check`` returns."""
 
 logger = logging.getLogger(__name__)
 
@@ -173,26 +190,18 @@ def run(
                 training = training_data(config.data, config.evaluate.cache_dir)
                 latents = prepare_latents(training, config.sampler.negative_prompt)
                 workers.run({"latents": latents}, "latents")
-                trains_base = pretrained is None or config.compare.kind != "none"
-                stages = STAGES if trains_base else STAGES[1:]
+                has_stage_1 = trains_base(config) or config.compare.kind != "none"
+                stages = STAGES if has_stage_1 else STAGES[1:]
                 hired = time.perf_counter()
                 precision = resolve_auto_precision(run_dir, config, network, stages)
                 config = workers.run({"precision": precision}, "precision")["precision"]
                 timing = None
                 if is_timed:
-                    timing = _time(
-                        run_dir,
-                        config,
-                        network,
-                        space,
-                        plan,
-                        spec,
-                        workers,
-                        time.perf_counter() - hired,
+                    config, checked, timing = _within_hours(
+                        run_dir, config, (network, space, plan), spec, workers, hired, began
                     )
-                    elapsed = time.perf_counter() - began
-                    config, timing = steps_by_time(config, timing, elapsed)
-                    asked = with_steps_of(asked, config)
+                    network, space, plan = checked
+                    asked = replace(with_steps_of(asked, config), model=config.model)
                     _save_settings(run_dir, asked, plan)
                     events(SettingsSaved(to_json(asked)))
                 if config.prune.objective == "latency" and config.prune.method != "none":
@@ -260,21 +269,60 @@ def run(
         return results
 
 
+def _within_hours(
+    run_dir: RunDir,
+    config: RunConfig,
+    checked: Checked,
+    spec: FeatureSpec | None,
+    workers: Pool,
+    hired: float,
+    began: float,
+) -> tuple[RunConfig, Checked, Timing]:
+    """Time steps; return settings of as many as ``--hours`` has room for, and what they take.
+
+    Where these would be few, architecture auto takes a smaller network.
+
+    Args:
+        run_dir: The run.
+        config: Its settings.
+        checked: Its network, space and plan.
+        spec: The features that images are scored by. None means that none is scored.
+        workers: Time the steps.
+        hired: When the first of them started, by ``time.perf_counter``.
+        began: When the hours began.
+    """
+    starting = time.perf_counter() - hired
+    timing = _time(run_dir, config, checked, spec, workers, starting)
+    if trains_base(config):
+        share = affordable_share(config, timing, time.perf_counter() - began)
+        smaller = with_smaller_network(config, share)
+        if smaller != config:
+            logger.info(
+                "--hours %g has no room for %d steps of that network: a smaller one is trained",
+                config.budget.hours,
+                min(LEAST_BASE_STEPS, config.base.num_steps),
+            )
+            network = base_unet(smaller.model, smaller.conditioning)
+            config, checked = smaller, (network, *space_and_plan(smaller, network))
+            timing = _time(run_dir, config, checked, spec, workers, starting)
+    config, timing = steps_by_time(config, timing, time.perf_counter() - began)
+    return config, checked, timing
+
+
 def _time(
     run_dir: RunDir,
     config: RunConfig,
-    network: NetworkConfig,
-    space: Space,
-    plan: Plan,
+    checked: Checked,
     spec: FeatureSpec | None,
     workers: Pool,
-    hiring_seconds: float,
+    starting: float,
 ) -> Timing:
     """Time steps of the base, alone, and of an expert on all workers; estimate the whole run.
 
     A worker starts before the first of these, or before what came before them and took
-    ``hiring_seconds``; the others start before the experts are timed.
+    ``starting`` seconds; the others start before the experts are timed.
     """
+    network, space, plan = checked
     num_experts = workers.num_workers(actor_resources(config.compute))
     share = mean_limit(config, plan)
     base, experts = step_times(run_dir, config, network, share, num_experts)
@@ -285,7 +333,7 @@ def _time(
     together = workers.run(experts, "step times")
     done = time.perf_counter()
     start_seconds = max(
-        hiring_seconds,
+        starting,
         between - began - alone.seconds,
         done - between - max(one.seconds for one in together.values()),
     )

@@ -14,8 +14,12 @@ from tdc_ray.models.timing import StepTimes
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.runs.budget import (
     IMAGES_SHARE,
+    LEAST_BASE_STEPS,
     MARGIN,
+    MIN_START_SECONDS,
+    NUM_STARTS,
     Timing,
+    affordable_share,
     makespan,
     mean_limit,
     steps_by_count,
@@ -150,6 +154,20 @@ def test_the_rest_of_the_hours_is_for_training(caplog):
         "--hours 2 is 120.0 minutes: until here 0.3, base 60.0, search 0.5, fine-tunes 30.0, "
         "comparison 10.0, sampling and scores 0.7, starting workers and so on 0.5, in reserve 18.0"
     )
+
+
+def test_the_share_of_macs_that_is_affordable_leaves_room_for_a_thousand_steps():
+    config, starts, elapsed = with_budget(hours=0.1), NUM_STARTS * MIN_START_SECONDS, 20.0
+    slow = replace(TIMING, other=starts + 60)
+    share = affordable_share(config, slow, elapsed)
+    assert share == pytest.approx((0.85 * 360 - 20 - 40) / (2 * 500 + 60))
+    smaller = replace(slow, other=starts + share * 60)
+    for part in ("base", "finetunes", "comparison", "search", "evaluation"):
+        smaller = replace(smaller, **{part: share * getattr(slow, part)})
+    found, _ = steps_by_time(config, smaller, elapsed)
+    assert found.base.num_steps >= LEAST_BASE_STEPS
+    assert affordable_share(with_budget(hours=2), slow, elapsed) > 1
+    assert affordable_share(with_budget(hours=0.01), slow, elapsed) == 0
 
 
 def test_few_hours_lower_the_images_of_search_and_evaluation_where_no_flag_set_them(caplog):

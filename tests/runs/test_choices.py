@@ -21,7 +21,7 @@ from tdc_ray.data.load import load_dataset
 from tdc_ray.errors import ConfigError, DataError, StorageError
 from tdc_ray.models.config_file import with_file
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
-from tdc_ray.runs.choices import with_choices
+from tdc_ray.runs.choices import with_choices, with_smaller_network
 from tdc_ray.runs.preflight import check, refuse_other_settings
 from tdc_ray.runs.stages.base import base_inputs
 from tdc_ray.storage.files import write_json
@@ -60,6 +60,28 @@ def test_auto_is_chosen_by_the_images_and_can_be_planned():
     assert sizes(network) == sizes(architecture("digits"))
     assert space.macs_base == sizes(network)[1]
     assert from_json(json.loads(json.dumps(to_json(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("share", "channels", "depth"),
+    [(1.0, 32, 2), (0.99, 32, 1), (0.4, 16, 2), (0.1, 16, 1)],
+)
+def test_a_smaller_one_of_the_family_is_the_largest_within_a_share(share, channels, depth):
+    config = with_choices(small_config(model=AUTO))
+    smaller = with_smaller_network(config, share)
+    network = smaller.model.network
+    assert network["block_out_channels"] == [channels, 2 * channels]
+    assert network["layers_per_block"] == depth
+    before = check(config)[1].macs_base
+    assert check(smaller)[1].macs_base <= share * before or share == 0.1
+    assert replace(smaller, model=config.model) == config
+
+
+def test_a_network_that_flags_asked_for_stays(tmp_path):
+    path = config_file(tmp_path)
+    for model in ({}, {"config": str(path)}, {**AUTO, "width": 2}, {**AUTO, "depth": 2}):
+        config = with_choices(small_config(model=model))
+        assert with_smaller_network(config, 0.1) == config
 
 
 def test_width_and_depth_scale_what_is_chosen():
