@@ -10,7 +10,7 @@ STEP_FIELDS = ("num_steps", "num_warmup_steps", "ema_warmup", "checkpoint_every"
 """Settings of training that a budget decides."""
 
 LEAST_IMAGES = {
-    "prune": {"num_images": 60, "num_refit_images": 60},
+    "prune": {"num_images": 32, "num_refit_images": 32},
     "evaluate": {"num_images": 200},
 }
 """Numbers of images that ``--hours`` lowers, down to these, where they are the preset's."""

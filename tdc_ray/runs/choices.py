@@ -21,6 +21,7 @@ from tdc_ray.models.config_file import config_path, with_file
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
+from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.auto import auto_unet
 from tdc_ray.runs.pretrained.sources import PretrainedBase, resolve_base
 from tdc_ray.storage.files import exists
@@ -118,9 +119,16 @@ def with_smaller_network(config: RunConfig, share: float) -> RunConfig:
         with suppress(ConfigError):  # too few channels
             network = _of_family(config, width, depth)
             family[network_structure(network).macs] = network
-    largest = max(family)
-    chosen = max((macs for macs in family if macs <= share * largest), default=min(family))
-    return config if chosen == largest else _with_network(config, family[chosen])
+    macs_before = network_structure(base_unet(model, config.conditioning)).macs
+    fitting = [macs for macs in family if macs <= share * macs_before]
+    chosen = max(fitting, default=min(family))
+    if chosen >= macs_before:
+        return config
+    logger.info(
+        "--hours %g has no room for many steps of that network: a smaller one is trained",
+        config.budget.hours,
+    )
+    return _with_network(config, family[chosen])
 
 
 def _chosen(config: RunConfig) -> RunConfig:

@@ -36,7 +36,6 @@ from tdc_ray.pruning.proxies.language_model import LLM_SERVICE
 from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
 from tdc_ray.runs.budget import (
-    LEAST_BASE_STEPS,
     Timing,
     affordable_share,
     mean_limit,
@@ -197,10 +196,10 @@ def run(
                 config = workers.run({"precision": precision}, "precision")["precision"]
                 timing = None
                 if is_timed:
-                    config, checked, timing = _within_hours(
-                        run_dir, config, (network, space, plan), spec, workers, hired, began
+                    starting = time.perf_counter() - hired
+                    config, (network, space, plan), timing = _within_hours(
+                        run_dir, config, (network, space, plan), spec, workers, starting, began
                     )
-                    network, space, plan = checked
                     asked = replace(with_steps_of(asked, config), model=config.model)
                     _save_settings(run_dir, asked, plan)
                     events(SettingsSaved(to_json(asked)))
@@ -275,12 +274,12 @@ def _within_hours(
     checked: Checked,
     spec: FeatureSpec | None,
     workers: Pool,
-    hired: float,
+    starting: float,
     began: float,
 ) -> tuple[RunConfig, Checked, Timing]:
-    """Time steps; return settings of as many as ``--hours`` has room for, and what they take.
+    """Time steps of the base, alone, and of an expert on all workers; set them by ``--hours``.
 
-    Where these would be few, architecture auto takes a smaller network.
+    Where there would be few, architecture auto takes a smaller network.
 
     Args:
         run_dir: The run.
@@ -288,65 +287,38 @@ def _within_hours(
         checked: Its network, space and plan.
         spec: The features that images are scored by. None means that none is scored.
         workers: Time the steps.
-        hired: When the first of them started, by ``time.perf_counter``.
-        began: When the hours began.
-    """
-    starting = time.perf_counter() - hired
-    timing = _time(run_dir, config, checked, spec, workers, starting)
-    if trains_base(config):
-        share = affordable_share(config, timing, time.perf_counter() - began)
-        smaller = with_smaller_network(config, share)
-        if smaller != config:
-            logger.info(
-                "--hours %g has no room for %d steps of that network: a smaller one is trained",
-                config.budget.hours,
-                min(LEAST_BASE_STEPS, config.base.num_steps),
-            )
-            network = base_unet(smaller.model, smaller.conditioning)
-            config, checked = smaller, (network, *space_and_plan(smaller, network))
-            timing = _time(run_dir, config, checked, spec, workers, starting)
-    config, timing = steps_by_time(config, timing, time.perf_counter() - began)
-    return config, checked, timing
+        starting: Seconds that the first worker took to start, if it is known.
+        began: When the hours began, by ``time.perf_counter``.
 
+    Returns:
+        The settings, what they came to, and what the parts of the run will take.
 
-def _time(
-    run_dir: RunDir,
-    config: RunConfig,
-    checked: Checked,
-    spec: FeatureSpec | None,
-    workers: Pool,
-    starting: float,
-) -> Timing:
-    """Time steps of the base, alone, and of an expert on all workers; estimate the whole run.
-
-    A worker starts before the first of these, or before what came before them and took
-    ``starting`` seconds; the others start before the experts are timed.
+    Raises:
+        ConfigError: There is no room for a single step of base and fine-tunes.
     """
     network, space, plan = checked
     num_experts = workers.num_workers(actor_resources(config.compute))
     share = mean_limit(config, plan)
     base, experts = step_times(run_dir, config, network, share, num_experts)
     logger.info("timing steps of the base, then of experts, for --hours")
-    began = time.perf_counter()
+    asked_at = time.perf_counter()
     alone = workers.run({"base": base}, "step times")["base"]
-    between = time.perf_counter()
-    together = workers.run(experts, "step times")
+    timed_at = time.perf_counter()
+    starting = max(starting, timed_at - asked_at - alone.seconds)
+    timing = partial(timing_of, config, network, plan, spec, alone, macs_base=space.macs_base)
+    if trains_base(config):
+        guess = timing([alone] * num_experts, start_seconds=starting)  # experts as fast as it
+        smaller = with_smaller_network(config, affordable_share(config, guess, timed_at - began))
+        if smaller != config:
+            network = base_unet(smaller.model, smaller.conditioning)
+            checked = network, *space_and_plan(smaller, network)
+            return _within_hours(run_dir, smaller, checked, spec, workers, starting, began)
+    together = list(workers.run(experts, "step times").values())
     done = time.perf_counter()
-    start_seconds = max(
-        starting,
-        between - began - alone.seconds,
-        done - between - max(one.seconds for one in together.values()),
-    )
-    return timing_of(
-        config,
-        network,
-        plan,
-        spec,
-        alone,
-        list(together.values()),
-        space.macs_base,
-        start_seconds,
-    )
+    starting = max(starting, done - timed_at - max(one.seconds for one in together))
+    found = timing(together, start_seconds=starting)
+    config, found = steps_by_time(config, found, done - began)
+    return config, checked, found
 
 
 def _remove_leftovers(run_dir: RunDir) -> None:

@@ -178,10 +178,10 @@ def test_few_hours_lower_the_images_of_search_and_evaluation_where_no_flag_set_t
     assert taken.evaluation == pytest.approx(IMAGES_SHARE * room * 600 / 800, rel=0.01)
     share = found.evaluate.num_images / config.evaluate.num_images
     assert taken.evaluation == pytest.approx(600 * share)
-    assert found.prune.num_images == found.prune.num_refit_images == 60  # the least
-    assert taken.search == pytest.approx(200 * 60 / 180)
+    assert found.prune.num_images == found.prune.num_refit_images == 32  # the least
+    assert taken.search == pytest.approx(200 * 32 / 180)
     assert f"evaluate.num_images {found.evaluate.num_images} in place of 2000" in caplog.text
-    assert "prune.num_images 60 in place of 180" in caplog.text
+    assert "prune.num_images 32 in place of 180" in caplog.text
     asked = replace(config, evaluate=replace(config.evaluate, num_images=1000))
     kept, _ = steps_by_time(asked, replace(slow, evaluation=100.0), elapsed=20.0)
     assert kept.evaluate.num_images == 1000
@@ -207,7 +207,7 @@ def test_stage_1_that_took_longer_than_planned_leaves_fewer_steps_of_fine_tunes(
 
 def test_hours_that_search_and_evaluation_take_are_refused_with_the_least():
     message = (
-        r"--hours must be at least 0\.0\d+ here, got 0\.01: all but training takes about 1\.1 "
+        r"--hours must be at least 0\.0\d+ here, got 0\.01: all but training takes about 1\.0 "
         r"minutes \(until here 0\.3, search 0\.\d, sampling and scores 0\.\d, starting"
     )
     with pytest.raises(ConfigError, match=message):
