@@ -23,7 +23,8 @@ class BudgetConfig:
     hours: Annotated[PositiveFloat | None, arg(aliases=("--hours",))] = None
     """Hours after which the whole run is to be finished, search and evaluation included. Steps are
     timed on the workers first. Where the preset's images of search and evaluation would take more
-    than half of it, there are fewer."""
+    than half of it, there are fewer; where there is no room for 1,000 steps of the base,
+    architecture auto takes a smaller network."""
 
     train_macs: Annotated[PositiveFloat | None, arg(aliases=("--train-macs",))] = None
     """Multiply-accumulates of base and fine-tunes together, three forward passes per image and

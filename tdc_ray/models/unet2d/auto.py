@@ -22,6 +22,9 @@ shorter side is at most 16, below the first level, and in the middle. So few gre
 have the architecture ``digits``, few of 16x16 in colour ``photos16``; those of 32x32 lie about
 ``mnist32`` (1.7) and ``ddpm-cifar10`` (35.7), and many of 256x256 have the channels of
 ``ddpm-ffhq256`` (113.7).
+
+Where ``--hours`` has no room to train that one, a run takes one of a half or a quarter of the
+channels, or of one residual block (``runs.choices.with_smaller_network``).
 """
 
 import math
