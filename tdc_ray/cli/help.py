@@ -171,6 +171,11 @@ ALIASES = {"base": "model.base", "compare": "compare.kind", "hours": "budget.hou
 """Settings that have a short flag."""
 
 
+def summary(command: Any) -> str:
+    """Return the first sentence of a command's description."""
+    return (type(command).__doc__ or "").splitlines()[0]
+
+
 def short_help(name: str, command: Any) -> str | None:
     """Return the help of the flags that people use, or None where all are few.
 
@@ -181,7 +186,7 @@ def short_help(name: str, command: Any) -> str | None:
     groups = SHORT.get(name)
     if groups is None:
         return None
-    lines = [f"usage: tdc-ray {name} [FLAGS]", (type(command).__doc__ or "").splitlines()[0]]
+    lines = [f"usage: tdc-ray {name} [FLAGS]", summary(command)]
     for title, flags in groups.items():
         lines.append(f"{title}:")
         for flag, text in flags.items():

@@ -43,7 +43,7 @@ from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.cli.foreign import FOREIGN
-from tdc_ray.cli.help import SHORT, short_help
+from tdc_ray.cli.help import SHORT, short_help, summary
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
@@ -126,16 +126,20 @@ def parse(arguments: Sequence[str], *, checks_paths: bool = True) -> Command:
         CheckpointError: The base or the model that is named does not exist, or is malformed.
     """
     _refuse_foreign(arguments)
+    reading = _first_reading(arguments)
     if not _asks_for_help(arguments):
-        _check_sources(arguments)
-    commands = _commands(_defaults(arguments))
+        _check_sources(reading)
+    commands = _commands(_defaults(arguments, reading))
     flags = ["--help" if argument == HELP_ALL else argument for argument in arguments]
     command: Command
     if named := commands.get(next(iter(arguments), "")):
         command = _read(named, flags, None if _asks_for_help(arguments) else UNCHECKED)
         command = _with_checked_settings(command, named, arguments, checks_paths=checks_paths)
     else:
-        kinds = [Annotated[type(c), subcommand(n, default=c)] for n, c in commands.items()]
+        kinds = [
+            Annotated[type(c), subcommand(n, default=c, description=summary(c))]
+            for n, c in commands.items()
+        ]
         union: Any = reduce(or_, kinds)
         command = tyro.cli(union, args=flags, prog="tdc-ray", description=DESCRIPTION)
         if checks_paths:
@@ -146,15 +150,17 @@ def parse(arguments: Sequence[str], *, checks_paths: bool = True) -> Command:
     return _with_own_run_dir(command, arguments)
 
 
-def _check_sources(arguments: Sequence[str]) -> None:
+def _check_sources(command: Any) -> None:
     """Refuse images, a base or a model that are not there, with all other paths that are not.
 
     What the settings are by default follows from them, so that the settings are not checked.
 
+    Args:
+        command: What ``_first_reading`` returned.
+
     Raises:
         ConfigError: One does not exist.
     """
-    command = _first_reading(arguments)
     if command is None:
         return
     with errors_together():
@@ -202,7 +208,8 @@ def help_text(arguments: Sequence[str]) -> str | None:
     """
     if not {"-h", "--help"} & set(arguments) or arguments[0] not in SHORT:
         return None
-    return short_help(arguments[0], _commands(_defaults(arguments))[arguments[0]])
+    defaults = _defaults(arguments, _first_reading(arguments))
+    return short_help(arguments[0], _commands(defaults)[arguments[0]])
 
 
 def _refuse_foreign(arguments: Sequence[str]) -> None:
@@ -280,9 +287,13 @@ def _commands(config: RunConfig) -> dict[str, Command]:
     }
 
 
-def _defaults(arguments: Sequence[str]) -> RunConfig:
-    """Return the settings that the flags of a run start from."""
-    command = _first_reading(arguments)
+def _defaults(arguments: Sequence[str], command: Any) -> RunConfig:
+    """Return the settings that the flags of a run start from.
+
+    Args:
+        arguments: The command line.
+        command: What ``_first_reading`` returned of it.
+    """
     if command is None:
         return preset("digits")
     named = command.config.preset
