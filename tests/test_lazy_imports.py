@@ -77,6 +77,7 @@ def test_every_public_name_is_that_of_its_module(name):
     assert found is getattr(sys.modules[found.__module__], name)
 
 
+@pytest.mark.slow
 def test_the_packages_names_are_what_they_were_after_they_are_used():
     code = (
         "import tdc_ray, types;"

@@ -3,7 +3,7 @@
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import TypeVar
 
 from tdc_ray.config.budget import LEAST_IMAGES
@@ -49,9 +49,10 @@ MARGIN = 0.15
 SEARCH_FACTOR = 2.0
 """Seconds of a search in those of its forward passes: there are refits and waiting, too."""
 
-NUM_STARTS, MIN_START_SECONDS = 5, 8.0
-"""Starts of a worker that come after the measurement, and how long one takes at least: Ray Train's
-processes, one after another, take about three, those of stage 2 one, results and pictures one."""
+NUM_STARTS, STAGE_1_STARTS, MIN_START_SECONDS = 5, 3, 8.0
+"""Starts of a worker after the measurement, those of stage 1, and how long one takes at least: Ray
+Train's processes, one after another, take about three, those of stage 2 one, results and pictures
+one."""
 
 GRID_IMAGES = 16
 """Images that stage 1 samples at every checkpoint."""
@@ -89,8 +90,11 @@ class Timing:
     reference: float
     """A classifier, or the features of the training images."""
 
+    starts: float
+    """Starts of workers."""
+
     other: float
-    """Starts of workers, checkpoints, times of the experts."""
+    """Pictures, checkpoints, times of the experts."""
 
     @property
     def training(self) -> float:
@@ -100,7 +104,17 @@ class Timing:
     @property
     def rest(self) -> float:
         """All that is not."""
-        return self.search + self.evaluation + self.reference + self.other
+        return self.search + self.evaluation + self.reference + self.starts + self.other
+
+    @property
+    def stage_1(self) -> float:
+        """Stage 1, with the starts of its workers and what else comes with it."""
+        return self.base + STAGE_1_STARTS / NUM_STARTS * self.starts + self.other
+
+    def of_smaller(self, share: float) -> "Timing":
+        """Return what the parts take of a network of so many times the macs."""
+        times = {field.name: share * getattr(self, field.name) for field in fields(self)}
+        return Timing(**times | {"reference": self.reference, "starts": self.starts})
 
     def split(self, elapsed: float) -> str:
         """Write in minutes what a run takes that got so far in so many seconds."""
@@ -112,7 +126,7 @@ class Timing:
             "comparison": self.comparison,
             "sampling and scores": self.evaluation,
             "their reference": self.reference,
-            "starting workers and so on": self.other,
+            "starting workers and so on": self.starts + self.other,
         }
         return ", ".join(f"{name} {part / 60:.1f}" for name, part in parts.items() if part)
 
@@ -195,11 +209,20 @@ def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[Ru
     Raises:
         ConfigError: There is no room for a single step of each.
     """
-    hours = config.budget.hours
+    asked, hours = config, config.budget.hours
     assert hours is not None
-    room = (1 - MARGIN) * 3600 * hours - elapsed
-    config, timing = _with_fewer_images(config, timing, room - timing.reference - timing.other)
-    room -= timing.rest
+    config, timing, room = _shared_out(config, timing, elapsed)
+    for stage, names in LEAST_IMAGES.items():
+        before, after = getattr(asked, stage), getattr(config, stage)
+        if fewer := [name for name in names if getattr(before, name) != getattr(after, name)]:
+            logger.info(
+                "--hours %g: %s",
+                hours,
+                ", ".join(
+                    f"{stage}.{name} {getattr(after, name)} in place of {getattr(before, name)}"
+                    for name in fewer
+                ),
+            )
     if timing.training == 0 or room * _fewest_steps(config) < timing.training:
         fixed = elapsed + timing.rest
         least = fixed + timing.training / _fewest_steps(config)
@@ -225,27 +248,50 @@ def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[Ru
         timing.split(elapsed),
         60 * hours * MARGIN,
     )
-    return with_scaled_steps(config, scale), timing
+    config = with_scaled_steps(config, scale)
+    if trains_base(config) and config.base.num_steps < _enough_base_steps(asked):
+        logger.warning(
+            "--hours %g has room for %d steps of the base, which will hardly draw images yet: "
+            "give more, or smaller images by --data.image-size",
+            hours,
+            config.base.num_steps,
+        )
+    return config, timing
 
 
-def affordable_share(config: RunConfig, timing: Timing, elapsed: float) -> float:
-    """Return which share of the network's macs ``--hours`` has room for.
+def has_room(config: RunConfig, timing: Timing, elapsed: float, share: float) -> bool:
+    """Whether ``--hours`` has room to train a base of so many times the macs.
 
-    With these the base takes ``LEAST_BASE_STEPS`` steps, or the preset's, if these are fewer, and
-    search and evaluation their share of the time.
+    That are ``LEAST_BASE_STEPS`` steps, or the preset's, if these are fewer.
 
     Args:
         config: The settings of a run that trains its base.
-        timing: What their steps take.
+        timing: What the parts of the run take with its own network.
         elapsed: Seconds since the run started.
+        share: The other network's macs, by those of its own.
     """
-    hours, num_steps = config.budget.hours, config.base.num_steps
+    _, left, room = _shared_out(config, timing.of_smaller(share), elapsed)
+    return room * config.base.num_steps >= _enough_base_steps(config) * left.training
+
+
+def _enough_base_steps(config: RunConfig) -> int:
+    return min(LEAST_BASE_STEPS, config.base.num_steps)
+
+
+def _shared_out(
+    config: RunConfig, timing: Timing, elapsed: float
+) -> tuple[RunConfig, Timing, float]:
+    """Lower the images of search and evaluation, if need be, to their share of the time left.
+
+    Returns:
+        The settings, what they take, and the seconds that are left for training.
+    """
+    hours = config.budget.hours
     assert hours is not None
-    starts = NUM_STARTS * MIN_START_SECONDS
-    room = (1 - MARGIN) * 3600 * hours - elapsed - starts
-    training = timing.training * min(1.0, LEAST_BASE_STEPS / num_steps)
-    wanted = training / (1 - IMAGES_SHARE) + timing.reference + timing.other - starts
-    return max(0.0, room) / wanted
+    room = (1 - MARGIN) * 3600 * hours - elapsed
+    for_images = room - timing.reference - timing.starts - timing.other
+    config, timing = _with_fewer_images(config, timing, for_images)
+    return config, timing, room - timing.rest
 
 
 def with_time_left(
@@ -262,7 +308,7 @@ def with_time_left(
         elapsed: Seconds since the run started.
     """
     assert config.budget.hours is not None
-    slower = stage_1_seconds / (timing.base + timing.other)
+    slower = stage_1_seconds / timing.stage_1
     after = timing.search + timing.evaluation + timing.reference
     training = timing.finetunes + timing.comparison
     if slower <= 1 or config.finetune.num_steps == 0:
@@ -302,14 +348,6 @@ def _with_fewer_images(config: RunConfig, timing: Timing, room: float) -> tuple[
             continue
         ratios[stage] = max(number / getattr(asked, name) for name, number in fewer.items())
         config = replace(config, **{stage: replace(asked, **fewer)})
-        logger.info(
-            "--hours %g: %s",
-            config.budget.hours,
-            ", ".join(
-                f"{stage}.{name} {number} in place of {getattr(asked, name)}"
-                for name, number in fewer.items()
-            ),
-        )
     search, evaluation = ratios["prune"] * timing.search, ratios["evaluate"] * timing.evaluation
     return config, replace(timing, search=search, evaluation=evaluation)
 
@@ -387,11 +425,8 @@ def timing_of(
         search=search,
         evaluation=images * of_image / workers,
         reference=reference,
-        other=grids
-        + compared
-        + saved
-        + len(groups) * MIN_REPEATS * timed
-        + NUM_STARTS * max(MIN_START_SECONDS, start_seconds),
+        starts=NUM_STARTS * max(MIN_START_SECONDS, start_seconds),
+        other=grids + compared + saved + len(groups) * MIN_REPEATS * timed,
     )
 
 

@@ -5,6 +5,7 @@ These are its network, its steps by a budget, and the commits of images and base
 
 import json
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
 from itertools import product
@@ -16,13 +17,14 @@ from tdc_ray.config.model import AUTO, ModelConfig
 from tdc_ray.config.presets import preset
 from tdc_ray.config.run import RunConfig, named_differences, recorded_settings
 from tdc_ray.data.load import load_dataset, with_commit
-from tdc_ray.errors import ConfigError
+from tdc_ray.errors import ConfigError, LimitError
 from tdc_ray.models.config_file import config_path, with_file
 from tdc_ray.models.first_stage import input_shape
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.models.unet2d.auto import auto_unet
+from tdc_ray.runs.preflight import check_limits, space_and_plan
 from tdc_ray.runs.pretrained.sources import PretrainedBase, resolve_base
 from tdc_ray.storage.files import exists
 
@@ -99,36 +101,45 @@ def _filled(config: RunConfig) -> RunConfig:
     return replace(config, model=replace(model, network={**model.network, "sample_size": size}))
 
 
-def with_smaller_network(config: RunConfig, share: float) -> RunConfig:
-    """Return settings with a smaller network in place of one that architecture auto chose.
+def with_smaller_network(config: RunConfig, has_room: Callable[[float], bool]) -> RunConfig:
+    """Return settings with a smaller network in place of one of auto that takes too long to train.
 
-    It is the largest of the family, with fewer channels or one residual block a level, that has at
-    most a share of its macs, else the smallest. One that ``model.width`` or ``model.depth`` asked
-    for stays, and so does any that is not auto's.
+    It is the largest of the family, with fewer channels or one residual block a level, that there
+    is room for, else the smallest, and can be pruned to the limits. One that ``model.width`` or
+    ``model.depth`` asked for stays, and so does any that is not auto's.
 
     Args:
         config: The settings of a run that trains its base.
-        share: Of the macs of a forward pass.
+        has_room: Whether there is room for a network of so many times the macs.
     """
     model = config.model
     was_asked = model.config is not None or (model.width, model.depth) != (1.0, None)
-    if share >= 1 or model.architecture != AUTO or was_asked:
+    if model.architecture != AUTO or was_asked or has_room(1.0):
         return config
-    family: dict[int, NetworkConfig] = {}
-    for width, depth in product(WIDTHS, (None, 1)):
-        with suppress(ConfigError):  # too few channels
-            network = _of_family(config, width, depth)
-            family[network_structure(network).macs] = network
     macs_before = network_structure(base_unet(model, config.conditioning)).macs
-    fitting = [macs for macs in family if macs <= share * macs_before]
-    chosen = max(fitting, default=min(family))
-    if chosen >= macs_before:
+    smaller = {macs: network for macs, network in _family(config).items() if macs < macs_before}
+    if not smaller:
         return config
+    fitting = [macs for macs in smaller if has_room(macs / macs_before)]
     logger.info(
-        "--hours %g has no room for many steps of that network: a smaller one is trained",
+        "--hours %g has no room to train that network: a smaller one is taken (set --model.depth "
+        "to keep its channels)",
         config.budget.hours,
     )
-    return _with_network(config, family[chosen])
+    return _with_network(config, smaller[max(fitting, default=min(smaller))])
+
+
+def _family(config: RunConfig) -> dict[int, NetworkConfig]:
+    """Return the networks of the family that can be pruned to a run's limits, by their macs."""
+    family: dict[int, NetworkConfig] = {}
+    for width, depth in product(WIDTHS, (None, 1)):
+        with suppress(ConfigError, LimitError):  # too few channels, or nothing left to cut
+            network = _of_family(config, width, depth)
+            space, plan = space_and_plan(config, network)
+            if config.prune.objective == "macs":
+                check_limits(config.prune, space, plan)
+            family[space.macs_base] = network
+    return family
 
 
 def _chosen(config: RunConfig) -> RunConfig:

@@ -37,7 +37,7 @@ from tdc_ray.pruning.proxies.llm_gateway import LLMGateway
 from tdc_ray.pruning.space import Space
 from tdc_ray.runs.budget import (
     Timing,
-    affordable_share,
+    has_room,
     mean_limit,
     steps_by_count,
     steps_by_time,
@@ -308,7 +308,8 @@ def _within_hours(
     timing = partial(timing_of, config, network, plan, spec, alone, macs_base=space.macs_base)
     if trains_base(config):
         guess = timing([alone] * num_experts, start_seconds=starting)  # experts as fast as it
-        smaller = with_smaller_network(config, affordable_share(config, guess, timed_at - began))
+        fits = partial(has_room, config, guess, timed_at - began)
+        smaller = with_smaller_network(config, fits)
         if smaller != config:
             network = base_unet(smaller.model, smaller.conditioning)
             checked = network, *space_and_plan(smaller, network)

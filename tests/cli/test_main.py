@@ -243,6 +243,7 @@ def test_what_is_misspelt_gets_the_right_word(tmp_path, arguments, right):
     assert "in tdc-ray" not in done.stderr  # flags of this command alone
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["run", "sample"])
 def test_a_scheduler_is_named_by_the_flag_that_errors_name(tmp_path, command):
     flags = ["--sampler.scheduler=ddim", "--sampler.spacing", "trailing"]

@@ -276,6 +276,7 @@ def test_a_folder_of_experts_holds_its_first_stage_and_may_be_moved(config, tmp_
         ProgressivePipeline.from_pretrained(tmp_path / "moved")
 
 
+@pytest.mark.slow
 def test_a_model_of_latents_is_pruned_on_them(config, tmp_path, capsys):
     save_unet(random_unet(), tmp_path / "unet")
     flags = ["--data", "digits", "--data.image-size", "16", "--sampler.no-clip-sample"]

@@ -287,6 +287,7 @@ def test_the_expert_of_the_timesteps_below_is_read_before_they_come(saved, monke
     assert read == ["expert-03", "expert-02"]
 
 
+@pytest.mark.slow
 def test_two_experts_are_in_memory_at_most_where_they_are_read_when_needed(saved):
     experts = ProgressivePipeline.from_pretrained(saved, offload=True).experts
     seen = []

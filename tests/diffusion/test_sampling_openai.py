@@ -75,6 +75,7 @@ def theirs(original) -> Tensor:
     return ddim(original, torch.stack(noise), num_steps=100, num_timesteps=4000)
 
 
+@pytest.mark.slow
 def test_a_hundred_steps_of_ddim_are_those_of_improved_diffusion(original, theirs):
     assert CONFIG.sampler.num_inference_steps == 100
     assert theirs.std() > 0.1

@@ -205,6 +205,7 @@ def test_a_damaged_entry_is_removed_and_never_taken(tmp_path):
     assert store.load(item(tmp_path / "three"), nothing, key=key)["content"] == "a"
 
 
+@pytest.mark.slow
 def test_a_publisher_that_is_killed_leaves_nothing_that_is_seen(tmp_path):
     root, folder = tmp_path / "store", tmp_path / "one"
     code = f"""

@@ -70,6 +70,7 @@ def test_meetings_hold_in_simulated_time():
     assert Simulation(chains, seconds_of, num_workers=2).run().makespan_seconds == 6.0
 
 
+@pytest.mark.slow
 def test_thousand_workers_share_a_sweep_of_twenty_groups_at_most_1_05_of_the_bound():
     draw = random.Random(0)
     shapes = [

@@ -5,6 +5,7 @@ import pytest
 from tdc_ray.storage.files import read_json_lines
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("importable")
 def test_what_failed_is_measured_again_after_what_is_missing(tmp_path, monkeypatch):
     import gpu

@@ -70,6 +70,7 @@ def test_a_language_model_is_asked_as_its_flags_say():
     assert (flags.num_actors, flags.steps_share) == (1, 0.25)  # those of a sweep
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("importable")
 def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(tmp_path):
     from partner_bound import nonsensically, scripted

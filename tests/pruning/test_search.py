@@ -169,6 +169,7 @@ def test_a_baseline_measures_its_schemes_in_one_round(found, method):
     assert [entry.source for entry in entries] == [f"{method}/{use}" for use in uses]
 
 
+@pytest.mark.slow
 def test_a_rivals_scheme_is_that_of_its_criterion_and_wins_where_it_is_better(run_dir, found):
     task = task_of(run_dir, config_of("offline", rivals=("diff-pruning", "magnitude")))
     result, (_, alone) = find(task), found("offline")
@@ -210,6 +211,7 @@ def test_rounds_choose_on_few_images_and_finalists_are_measured_on_held_out_ones
         assert all(entry.final is None for entry in others)
 
 
+@pytest.mark.slow
 def test_no_more_candidates_than_finalists_are_measured_on_held_out_images_at_once(run_dir):
     task = task_of(run_dir, config_of("offline", num_rounds=1))
     choice, entries = find(task), entries_of(task)
@@ -228,6 +230,7 @@ def test_with_a_quadratic_model_nothing_is_measured_but_candidates(run_dir):
     assert timeless(find(task)) == timeless(choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [{"refit": "none"}, {"space": "full"}])
 def test_without_a_refit_and_with_streams_sensitivities_are_measured_in_any_case(run_dir, other):
     task = task_of(run_dir, config_of("offline", sensitivity="second-order", **other))
@@ -265,6 +268,7 @@ def test_the_paper_s_way_judges_by_the_loss_after_the_cut(run_dir):
     assert choice.loss_refit is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["offline", "magnitude"])
 def test_in_the_full_space_streams_are_cut_too(run_dir, method):
     task = task_of(run_dir, config_of(method, space="full"))
@@ -274,6 +278,7 @@ def test_in_the_full_space_streams_are_cut_too(run_dir, method):
     assert any(choice.widths[unit.name] < unit.width for unit in streams)
 
 
+@pytest.mark.slow
 def test_losses_are_reported_by_their_place_in_the_search(run_dir):
     task, seen = task_of(run_dir, config_of("offline")), []
     chain = search_submodel(task, MemoryBank(run_dir.memory))
@@ -435,6 +440,7 @@ def in_order(ready: list) -> tuple[str, AnyItem]:
     return ready[0]
 
 
+@pytest.mark.slow
 def test_nobodys_choice_depends_on_the_order_in_which_items_finish(loop, base, tmp_path):
     outcomes = []
     for number in range(4):
@@ -656,6 +662,7 @@ NONSENSE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", NONSENSE)
 def test_nonsense_never_ends_behind_the_offline_proxy(case, found, run_dir, tmp_path):
     _, offline = found("offline")

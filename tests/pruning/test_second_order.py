@@ -56,6 +56,7 @@ def test_a_response_is_how_far_the_change_of_weights_moves_the_prediction_to_fir
     assert float((found - by_batch).norm(dim=0).div(by_batch.norm(dim=0)).max()) < 0.01
 
 
+@pytest.mark.slow
 def test_a_model_has_the_mean_products_of_what_cuts_do_to_the_prediction():
     base = random_unet()
     model = quadratic_model(base, solutions_of(base), PROBED, SCHEDULE, num_probes=300)

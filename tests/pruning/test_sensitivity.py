@@ -137,6 +137,7 @@ def test_the_weights_behind_a_unit_are_those_of_the_refit(name):
         assert distance(ours, theirs) < 0.1 * distance(ours, base)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_without_a_refit_the_growth_is_that_of_the_plain_cut(name):
     config = CONFIGS[name]

@@ -16,10 +16,8 @@ from tdc_ray.runs.budget import (
     IMAGES_SHARE,
     LEAST_BASE_STEPS,
     MARGIN,
-    MIN_START_SECONDS,
-    NUM_STARTS,
     Timing,
-    affordable_share,
+    has_room,
     makespan,
     mean_limit,
     steps_by_count,
@@ -134,7 +132,8 @@ TIMING = Timing(
     search=30.0,
     evaluation=40.0,
     reference=0.0,
-    other=30.0,
+    starts=20.0,
+    other=10.0,
 )
 
 
@@ -156,25 +155,35 @@ def test_the_rest_of_the_hours_is_for_training(caplog):
     )
 
 
-def test_the_share_of_macs_that_is_affordable_leaves_room_for_a_thousand_steps():
-    config, starts, elapsed = with_budget(hours=0.1), NUM_STARTS * MIN_START_SECONDS, 20.0
-    slow = replace(TIMING, other=starts + 60)
-    share = affordable_share(config, slow, elapsed)
-    assert share == pytest.approx((0.85 * 360 - 20 - 40) / (2 * 500 + 60))
-    smaller = replace(slow, other=starts + share * 60)
-    for part in ("base", "finetunes", "comparison", "search", "evaluation"):
-        smaller = replace(smaller, **{part: share * getattr(slow, part)})
-    found, _ = steps_by_time(config, smaller, elapsed)
-    assert found.base.num_steps >= LEAST_BASE_STEPS
-    assert affordable_share(with_budget(hours=2), slow, elapsed) > 1
-    assert affordable_share(with_budget(hours=0.01), slow, elapsed) == 0
+@pytest.mark.parametrize("hours", [0.02, 0.1, 0.5])
+def test_there_is_room_for_a_network_where_a_thousand_steps_of_its_base_are_left(hours):
+    config = with_budget(hours=hours)
+    for share in (1.0, 0.5, 0.25, 0.1, 0.03):
+        smaller = replace(TIMING.of_smaller(share), starts=TIMING.starts)
+        try:
+            found, _ = steps_by_time(config, smaller, 20.0)
+        except ConfigError:
+            steps = 0
+        else:
+            steps = found.base.num_steps
+        assert has_room(config, TIMING, 20.0, share) == (steps >= LEAST_BASE_STEPS)
+    assert TIMING.of_smaller(0.5).starts == TIMING.starts
+    assert TIMING.of_smaller(0.5).training == TIMING.training / 2
+
+
+def test_so_few_steps_that_no_image_will_be_seen_are_warned_of(caplog):
+    found, _ = steps_by_time(with_budget(hours=0.1), TIMING, elapsed=20.0)
+    assert f"room for {found.base.num_steps} steps of the base, which will hardly" in caplog.text
+    caplog.clear()
+    steps_by_time(with_budget(hours=1), TIMING, elapsed=20.0)
+    assert caplog.text == ""
 
 
 def test_few_hours_lower_the_images_of_search_and_evaluation_where_no_flag_set_them(caplog):
     caplog.set_level(logging.INFO)
     config, slow = with_budget(hours=0.1), replace(TIMING, search=200.0, evaluation=600.0)
     found, taken = steps_by_time(config, slow, elapsed=20.0)
-    room = (1 - MARGIN) * 360 - 20 - slow.other
+    room = (1 - MARGIN) * 360 - 20 - slow.starts - slow.other
     assert taken.evaluation == pytest.approx(IMAGES_SHARE * room * 600 / 800, rel=0.01)
     share = found.evaluate.num_images / config.evaluate.num_images
     assert taken.evaluation == pytest.approx(600 * share)
@@ -189,7 +198,7 @@ def test_few_hours_lower_the_images_of_search_and_evaluation_where_no_flag_set_t
 
 def test_stage_1_that_took_longer_than_planned_leaves_fewer_steps_of_fine_tunes(caplog):
     config, timing = steps_by_time(with_budget(hours=1), TIMING, elapsed=20.0)
-    stage_1 = timing.base + timing.other
+    stage_1 = timing.stage_1
     assert with_time_left(config, timing, stage_1, 20.0 + stage_1) == config
     fewer = with_time_left(config, timing, 1.2 * stage_1, 20.0 + 1.2 * stage_1)
     rest = 1.2 * (timing.search + timing.evaluation)
@@ -287,6 +296,7 @@ def test_what_a_comparison_trains_on_is_allowed_for():
     assert timing(compared).other > timing(config).other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [None, 0.6])
 def test_steps_are_timed_on_the_data_and_the_network_of_the_run(share, cache_dir):
     config = small_config(evaluate={"cache_dir": str(cache_dir)})

@@ -63,25 +63,35 @@ def test_auto_is_chosen_by_the_images_and_can_be_planned():
 
 
 @pytest.mark.parametrize(
-    ("share", "channels", "depth"),
+    ("most", "channels", "depth"),
     [(1.0, 32, 2), (0.99, 32, 1), (0.4, 16, 2), (0.1, 16, 1)],
 )
-def test_a_smaller_one_of_the_family_is_the_largest_within_a_share(share, channels, depth):
+def test_a_smaller_one_of_the_family_is_the_largest_that_there_is_room_for(most, channels, depth):
     config = with_choices(small_config(model=AUTO))
-    smaller = with_smaller_network(config, share)
+    smaller = with_smaller_network(config, lambda share: share <= most)
     network = smaller.model.network
     assert network["block_out_channels"] == [channels, 2 * channels]
     assert network["layers_per_block"] == depth
-    before = check(config)[1].macs_base
-    assert check(smaller)[1].macs_base <= share * before or share == 0.1
+    assert check(smaller)[1].macs_base <= most * check(config)[1].macs_base or most == 0.1
     assert replace(smaller, model=config.model) == config
+
+
+def test_a_smaller_one_that_cannot_be_pruned_to_the_limits_is_not_taken(tmp_path):
+    data = {"source": "folder", "path": str(tmp_path), "image_size": 32, "num_channels": 3}
+    images_in(tmp_path, 40, size=32)
+    plan = {"schedule": "snr", "min_macs_share": 0.1}
+    settings = {"model": AUTO, "data": data, "plan": plan, "evaluate": {"features": "none"}}
+    config = with_choices(small_config(**settings))
+    smaller = with_smaller_network(config, lambda _: False)
+    assert smaller != config
+    check(smaller)
 
 
 def test_a_network_that_flags_asked_for_stays(tmp_path):
     path = config_file(tmp_path)
     for model in ({}, {"config": str(path)}, {**AUTO, "width": 2}, {**AUTO, "depth": 2}):
         config = with_choices(small_config(model=model))
-        assert with_smaller_network(config, 0.1) == config
+        assert with_smaller_network(config, lambda _: False) == config
 
 
 def test_width_and_depth_scale_what_is_chosen():

@@ -382,6 +382,7 @@ def test_the_base_learns_all_that_it_embeds(tmp_path, label_dropout, embeds):
     assert moved_rows(start, run_base(config, tmp_path).unet) == [True] * embeds
 
 
+@pytest.mark.slow
 def test_after_training_a_label_decides_what_is_drawn(tmp_path):
     shades = np.repeat([0, 255], 32).astype(np.uint8)
     images = np.broadcast_to(shades[:, None, None], (64, 8, 8))

@@ -425,7 +425,11 @@ def everything_below(folder: Path) -> str:
     [
         ([doubts], "llm"),
         pytest.param([refuses_format(says(pins(1, 6)))], "llm", marks=pytest.mark.slow),
-        ([fails(500), fails(429, Retry_After="0"), says(pins(1, 6))], "llm"),
+        pytest.param(
+            [fails(500), fails(429, Retry_After="0"), says(pins(1, 6))],
+            "llm",
+            marks=pytest.mark.slow,
+        ),
         ([says("I would cut a lot."), says('{"action": "cut"}'), says_key], "offline"),
         pytest.param(
             [says("[]"), says(None, refusal="No."), hangs_up], "offline", marks=pytest.mark.slow
@@ -471,6 +475,7 @@ def test_whatever_the_server_says_a_run_ends_well_and_keeps_the_key_to_itself(
         assert KEY[8:] not in text
 
 
+@pytest.mark.slow
 def test_a_limit_in_milliseconds_is_met_and_saves_time(model, tmp_path, capsys):
     arguments = ["--method", "magnitude", "--prune.refit", "none"]
     arguments += ["--prune.latency-batch-size", "32", "--prune.channel-multiple", "8"]

@@ -90,6 +90,7 @@ def test_a_run_asks_counts_and_keeps_the_key_to_itself(finished_run, cache_dir, 
         assert KEY[8:] not in text
 
 
+@pytest.mark.slow
 def test_without_a_key_the_base_is_not_trained(ray_cluster, cache_dir, smoke_config, tmp_path):
     config = replace(smoke_config, prune=replace(smoke_config.prune, method="llm"))
     config = replace(config, proxy=replace(config.proxy, replay=str(tmp_path / "nowhere")))

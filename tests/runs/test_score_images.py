@@ -71,6 +71,7 @@ def test_training_images_alone_are_a_reference_and_are_at_no_distance_from_thems
     assert float(words[1]) == pytest.approx(0, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_without_further_metrics_the_distance_is_all(tmp_path, capsys):
     write(tmp_path / "images.npz", 20, 8, 8, 1)
     own = ["--evaluate.cache-dir", str(tmp_path / "cache"), "--evaluate.features", "classifier"]

@@ -61,6 +61,7 @@ def test_a_network_is_chosen_for_every_step_within_the_budget_and_the_pipeline_s
     assert "which network runs at which sampling step" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_networks_of_edm_are_chosen_at_the_sigmas_that_its_scheduler_visits(tmp_path):
     config = small_config(
         diffusion={"sigma_data": 0.5},

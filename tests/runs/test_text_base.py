@@ -103,6 +103,7 @@ def prune(pipeline: Path, out: Path, *arguments: str) -> int:
     return run_command([*command, "--evaluate.cache-dir", str(out.parent / "cache"), *arguments])
 
 
+@pytest.mark.slow
 def test_it_is_pruned_on_images_that_it_draws_for_prompts(pipeline, tmp_path):
     assert prune(pipeline, tmp_path / "out") == 0
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -281,6 +282,7 @@ def test_a_negative_prompt_that_nothing_leads_away_from_is_refused(
     assert "sampler.negative_prompt must be None for a base that is" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_images_are_drawn_away_from_a_negative_prompt(pipeline, tmp_path):
     settings = ("--sampler.negative-prompt", "a cat")
     assert prune(pipeline, tmp_path / "out", *settings, "--prune.method", "magnitude") == 0

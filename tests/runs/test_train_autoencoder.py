@@ -60,6 +60,7 @@ def held_out_images(config):
     return to_minus_one_one(dataset.__getitems__(numbers)[0])
 
 
+@pytest.mark.slow
 def test_the_error_reported_is_that_of_what_was_saved_on_held_out_images(trained):
     out, report = trained
     first_stage, images = load_first_stage(out), held_out_images(settings())

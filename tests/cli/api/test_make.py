@@ -53,6 +53,7 @@ def weights(experts: tdc.Experts) -> list[dict[str, torch.Tensor]]:
     return [experts[index].state_dict() for index in range(len(experts))]
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_the_results_are_those_of_the_command_line(
     ray_cluster, cache_dir, pipeline, base, tmp_path
@@ -99,6 +100,7 @@ def test_several_nodes_need_a_folder_that_all_see(ray_cluster, base, plan, monke
         tdc.prune(base, plan, "digits", cluster="127.0.0.1:1", **SEARCH)
 
 
+@pytest.mark.slow
 def test_a_base_and_images_in_memory_come_to_the_same_as_files(pipeline, base, plan, tmp_path):
     loaded = DDPMPipeline.from_pretrained(pipeline)
     in_memory = tdc.load_base(loaded.unet, scheduler=loaded.scheduler, settings=small_config())
@@ -131,6 +133,7 @@ def test_the_same_call_in_a_folder_computes_nothing_again(base, plan, tmp_path):
     assert other.folder != first.folder
 
 
+@pytest.mark.slow
 def test_the_same_call_after_the_images_changed_makes_other_experts(base, plan, tmp_path):
     path = tmp_path / "images.npz"
     made = []
@@ -261,6 +264,7 @@ def test_experts_are_fine_tuned_once(base, plan):
             tdc.finetune(prune(base, plan), "digits", num_steps=steps)
 
 
+@pytest.mark.slow
 def test_saved_experts_are_fine_tuned_as_those_in_memory(base, plan, tmp_path):
     experts = prune(base, plan)
     experts.save_pretrained(tmp_path / "experts")

@@ -335,6 +335,7 @@ def test_one_corrupt_file_more_than_allowed_is_an_error_that_names_all(tmp_path,
     assert "Mend or remove them, or raise --data.max-corrupt." in text
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(MORE_PROCESSES)
 def test_as_many_corrupt_files_as_allowed_are_named_once_by_all_loader_processes(tmp_path, capfd):
     numbered_folder(tmp_path, 12, corrupt=(2, 5, 9))

@@ -189,6 +189,7 @@ def test_an_idle_worker_that_died_costs_no_item_an_attempt(pool, tmp_path):
     assert [span.attempt for span in spans] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_of_two_kinds_no_more_spare_workers_end_than_others_are_missing(pool):
     workers = pool._workers
     workers.start_workers({workers.default: 2})
@@ -223,6 +224,7 @@ def test_an_item_for_two_workers_runs_on_both_at_once(pool, tmp_path):
     assert (tmp_path / "rank-1").exists()
 
 
+@pytest.mark.slow
 def test_the_wait_of_two_workers_for_each_other_ends_when_one_dies_or_hangs(pool, tmp_path):
     def work(job, report):
         import os
@@ -304,6 +306,7 @@ def test_without_memory_an_item_starts_again_with_half_until_it_fits(pool, tmp_p
     assert (tmp_path / "sizes").read_text() == "8 4 2 "
 
 
+@pytest.mark.slow
 def test_of_two_workers_the_error_of_the_one_that_failed_first_counts(pool, tmp_path):
     def work(job, report):
         import torch

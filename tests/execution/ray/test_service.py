@@ -66,6 +66,7 @@ def item(folder: Path, key: str, seconds: float = 0.0) -> WorkItem:
     )
 
 
+@pytest.mark.slow
 def test_all_trials_share_one_actor_and_its_bound(events, tmp_path):
     def trial(number: int) -> dict[str, Any]:
         handle = ray.get(other_trial.remote(start_service, Service(servant(), 50)))

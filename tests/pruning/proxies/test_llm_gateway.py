@@ -76,6 +76,7 @@ def test_what_a_sweeps_finished_trials_spent_counts(tmp_path):
     assert gateway.run(item(tmp_path, "spent", spent), ignore) == {"calls": 2, "tokens": 200}
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_as_a_service_it_reads_the_key_where_it_runs(ray_cluster, tmp_path, monkeypatch):
     def set_environment(job, report, budget):

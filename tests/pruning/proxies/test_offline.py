@@ -146,6 +146,7 @@ def test_proposals_of_three_rounds_are_tight_within_the_limit_and_never_repeated
     assert memory
 
 
+@pytest.mark.slow
 @settings(max_examples=20)
 @given(st.sampled_from(list(SPACES.values())), seeds, shares)
 def test_the_same_question_gets_the_same_proposals(space, seed, share):

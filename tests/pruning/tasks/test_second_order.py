@@ -78,6 +78,7 @@ def test_a_model_survives_its_file(run_dir, tmp_path):
     assert result.seconds > 0
 
 
+@pytest.mark.slow
 def test_macs_grow_with_probes_by_a_backward_pass_each_of_the_images(run_dir):
     two, three = (modelled(run_dir, config_of(num_probes=number)).macs for number in (2, 3))
     assert three - two == CONFIG.prune.num_images * space_of(TINY).macs_base

@@ -254,6 +254,7 @@ def test_the_classifier_learns_the_digits(trained, dataset):
     assert (found == labels).float().mean() > 0.9
 
 
+@pytest.mark.slow
 def test_the_classifier_is_the_same_every_time(trained, dataset, tmp_path):
     spec, accuracy = trained
     torch.manual_seed(77)

@@ -44,6 +44,7 @@ def test_equal_sets_are_at_no_distance_and_far_ones_share_nothing():
     assert far["kd"] > 1000 > abs(same["kd"])
 
 
+@pytest.mark.slow
 def test_the_same_features_have_the_same_scores_whatever_was_drawn_before():
     one, other = features(0, 1500), features(1, 1200)
     first = other_metrics(one, other, BOTH)

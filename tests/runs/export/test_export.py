@@ -237,8 +237,8 @@ def without_signal(tmp_path: Path) -> tuple[RunConfig, None]:
     "make",
     [
         plain,
-        image,
-        without_signal,
+        pytest.param(image, marks=pytest.mark.slow),
+        pytest.param(without_signal, marks=pytest.mark.slow),
         pytest.param(velocity, marks=pytest.mark.slow),
         pytest.param(latent, marks=pytest.mark.slow),
     ],

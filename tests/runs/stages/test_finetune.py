@@ -176,7 +176,16 @@ def checkpoints_of(task: GroupSearch) -> list[Path]:
     return list(task.context.run_dir.group(task.group.index).glob("finetune-*.pt"))
 
 
-@pytest.mark.parametrize("steps", [[1], [3], [4, 5], [3, 3, 5]], ids=str)
+@pytest.mark.parametrize(
+    "steps",
+    [
+        pytest.param([1], marks=pytest.mark.slow),
+        [3],
+        pytest.param([4, 5], marks=pytest.mark.slow),
+        pytest.param([3, 3, 5], marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
     task, expert, tmp_path, steps
 ):
@@ -196,6 +205,7 @@ def test_killed_in_the_middle_and_started_again_gives_the_same_expert(
     assert not checkpoints_of(again)
 
 
+@pytest.mark.slow
 def test_killed_after_saving_and_before_its_result_gives_the_same_expert(task, expert, tmp_path):
     again = with_run_dir(task, make_run_dir(tmp_path))
     make(again)
@@ -214,6 +224,7 @@ def test_a_margin_widens_a_group_on_either_side_within_all_timesteps():
     assert with_margin(range(31, 303), 0.0, 1000) == range(31, 303)
 
 
+@pytest.mark.slow
 def test_a_margin_is_trained_on_and_not_measured_on(task, expert, tmp_path):
     wider = with_run_dir(task, make_run_dir(tmp_path))
     found = make(wider, config_of(timestep_margin=0.2))
@@ -265,6 +276,7 @@ def test_an_expert_is_averaged_with_what_its_fine_tune_began_with(
         torch.testing.assert_close(weights, 0.25 * start[name] + 0.75 * tuned[name])
 
 
+@pytest.mark.slow
 def test_killed_before_the_average_and_started_again_gives_the_same_one(averaged_task, tmp_path):
     again = with_run_dir(averaged_task, make_run_dir(tmp_path))
     with pytest.raises(KilledError):
@@ -319,6 +331,7 @@ def test_of_the_whole_base_the_first_step_is_what_the_bases_own_optimizer_does(t
     assert any(not torch.equal(others[name], value) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_killed_after_its_start_with_moments_and_started_again_gives_the_same_one(tmp_path):
     config = moments_config()
     task, again = (with_moments(tmp_path / name, config) for name in ("whole", "cut"))
@@ -411,6 +424,7 @@ def halved_expert(halved_task) -> Expert:
     return make(halved_task, halving_config())
 
 
+@pytest.mark.slow
 def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(
     halved_task, halved_expert
 ):
@@ -472,6 +486,7 @@ def test_a_halving_that_is_done_is_not_done_again(halved_task, halved_expert):
     assert halved_task.context.run_dir.memory.read_bytes() == memory
 
 
+@pytest.mark.slow
 def test_a_candidate_that_goes_on_does_so_from_where_it_was(tmp_path):
     config = halving_config(num_rounds=2, num_candidates=2 + 1)
     task = task_of(make_run_dir(tmp_path), config)
@@ -488,6 +503,7 @@ def test_a_candidate_that_goes_on_does_so_from_where_it_was(tmp_path):
         assert entry.loss_tuned == json.loads(trial.read_text())["loss"]
 
 
+@pytest.mark.slow
 def test_killed_within_a_trial_and_started_again_gives_the_same_expert(
     halved_task, halved_expert, tmp_path
 ):
@@ -509,6 +525,7 @@ def test_a_group_that_keeps_the_base_has_nothing_to_halve(tmp_path):
 # --- held-out images -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["none", "taylor"])
 def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, method):
     config = config_of(method=method)

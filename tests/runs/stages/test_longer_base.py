@@ -93,6 +93,7 @@ def test_it_goes_on_with_step_optimizer_and_average(trained, tmp_path):
     assert any(not torch.equal(afresh[name], value) for name, value in weights.items())
 
 
+@pytest.mark.slow
 def test_a_base_that_workers_share_is_trained_on_as_one_that_each_holds(
     trained, tmp_path, monkeypatch
 ):
@@ -166,6 +167,7 @@ def test_it_sees_no_image_that_is_held_out(trained, tmp_path, monkeypatch):
     assert not drawn & set(held_out)
 
 
+@pytest.mark.slow
 def test_it_is_averaged_with_its_start_and_decays_as_fine_tunes_are(trained, tmp_path):
     def train_as(folder: Path, report=ignore, **finetune):
         config = config_of()
