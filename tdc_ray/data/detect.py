@@ -1,6 +1,7 @@
 """What data a path holds."""
 
 import logging
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -9,11 +10,12 @@ from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, OF_BASE, DataConfig, Sour
 from tdc_ray.config.hub import hub_dataset
 from tdc_ray.data.sources import parquet, webdataset
 from tdc_ray.data.sources.datasets import is_saved
+from tdc_ray.data.sources.image_file import image_suffixes
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
 from tdc_ray.data.sources.shards import shard_paths
-from tdc_ray.data.sources.walk import image_paths, lone_splits, train_folder
-from tdc_ray.errors import ConfigError, DataError
+from tdc_ray.data.sources.walk import image_paths, split_to_take
+from tdc_ray.errors import ConfigError
 from tdc_ray.storage.object_store import resolve_path
 
 SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
@@ -25,8 +27,9 @@ UNPACKED_BY = {
     ".tar.zst": "unzstd",
     ".tar.xz": "unxz",
     ".tar.bz2": "bunzip2",
+    ".zip": "unzip",
 }
-"""Commands that make tar files of compressed ones, by their names' ends."""
+"""Commands that unpack files, by their names' ends."""
 
 logger = logging.getLogger(__name__)
 
@@ -73,25 +76,26 @@ def data_config(source: str, data: DataConfig, name: str = "--data") -> DataConf
         )
     if kinds[0] != "folder":
         return replace(data, source=kinds[0], path=source, labels_from_folders=False)
-    return replace(data, source="folder", path=train_split(source))
+    return replace(
+        data, source="folder", path=train_split(source, has_classes=data.labels_from_folders)
+    )
 
 
-def train_split(folder: str) -> str:
+def train_split(folder: str, *, has_classes: bool) -> str:
     """Return the split train of a folder of images, and log that others are left out.
 
     It is the folder itself where its folders are no splits.
 
+    Args:
+        folder: The folder.
+        has_classes: Whether it was said that its folders are classes.
+
     Raises:
-        DataError: The folder cannot be listed, a link leads to nothing, or no split is to train
-            on.
+        DataError: The folder cannot be listed, a link leads to nothing, no split is to train on,
+            or other folders lie beside the splits.
     """
     root = resolve_path(folder)
-    if splits := lone_splits(root):
-        raise DataError(
-            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as "
-            "train. Name the folder of the one to take."
-        )
-    train = train_folder(root)
+    train = split_to_take(root, has_classes=has_classes)
     if train is None:
         return folder
     taken = train.relative_to(root)
@@ -121,14 +125,21 @@ def _kinds(path: Path) -> list[Source]:
 
 
 def _hint(path: Path) -> str:
-    """Write what to do with a file that is nearly of a known kind."""
+    """Write what a path holds that is not of a known kind, and what to do about it."""
     names = [path] if not path.is_dir() else sorted(path.iterdir())
     if packed := [one.name for one in names if one.name.lower().endswith(tuple(UNPACKED_BY))]:
         command = next(to for end, to in UNPACKED_BY.items() if packed[0].lower().endswith(end))
         return (
-            f", with a compressed tar file, whose images cannot be read one by one: {command} "
+            f", with a compressed file, whose images cannot be read one by one: {command} "
             f"{packed[0]}"
         )
     if any(one.suffix.lower() == ".arrow" for one in names):
         return ", with Arrow files and no state.json: name a folder that save_to_disk wrote"
-    return ""
+    if path.suffix.lower() in image_suffixes() and path.is_file():
+        return ", one image: name its folder"
+    if not path.is_dir():
+        return ""
+    others = Counter[str]()
+    list(image_paths(path, others))
+    found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+    return f", which holds {found}" if found else ", which is empty"

@@ -4,6 +4,7 @@ It is recorded in a run's settings, and a resumed run takes it from there: image
 meanwhile are noticed as such, and do not turn it into another run.
 """
 
+import logging
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from tdc_ray.config.run import (
     with_absolute_paths,
 )
 from tdc_ray.data.detect import data_config, train_split
-from tdc_ray.data.sources.walk import image_paths, train_folder
+from tdc_ray.data.sources.walk import image_paths, split_to_take
 from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
 from tdc_ray.errors import DataError
 from tdc_ray.storage.object_store import resolve_path
@@ -47,6 +48,8 @@ BY_SIDE = (
     "evaluate.batch_size",
 )
 """Settings of the preset ``images`` that follow from the images' side."""
+
+logger = logging.getLogger(__name__)
 
 
 def undetected(path: str) -> RunConfig:
@@ -120,7 +123,7 @@ def _recorded(run_dir: Path, path: str) -> RunConfig | None:
 
 def _train_folder(root: Path) -> Path | None:
     """Return the folder that images are taken from where the folders of a path are splits."""
-    train = train_folder(root) if root.is_dir() else None
+    train = split_to_take(root) if root.is_dir() else None
     return None if train is None else train.resolve()
 
 
@@ -131,7 +134,8 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
         # "./digits" is a path, which a Path would write as the name of a bundled source.
         data = data_config(str(root) if path.startswith("~") else path, data)
     elif data.source == "folder":
-        data = replace(data, path=train_split(str(root)))
+        path = train_split(str(root), has_classes=data.labels_from_folders)
+        data = replace(data, path=path)
     if data.source == "folder" and "data.labels_from_folders" not in given:
         assert data.path is not None  # DataConfig's own rule
         data = replace(data, labels_from_folders=_are_classes(Path(data.path)))
@@ -148,11 +152,22 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
 
 
 def _are_classes(root: Path) -> bool:
-    """Whether all images lie in subfolders, of which there are at least two."""
-    folders: set[str] = set()
+    """Whether all images lie in subfolders, of which there are at least two; warn if nearly so."""
+    folders, outside, within = set[str](), "", set[str]()
     for path in image_paths(root):
-        folder, below, _ = path.partition("/")
+        folder, below, name = path.partition("/")
         if not below:
-            return False
+            outside = outside or path
+            continue
         folders.add(folder)
-    return len(folders) > 1
+        within.add(name.partition("/")[0] if "/" in name else "")
+    if len(folders) > 1 and outside:
+        logger.warning(
+            "no classes: %s lies outside of the subfolders of %s, which would else be classes",
+            outside,
+            root,
+        )
+    if len(folders) == 1 and not outside and len(within) > 1 and "" not in within:
+        (lone,) = folders
+        logger.warning("no classes: name %s for its subfolders to be classes", root / lone)
+    return len(folders) > 1 and not outside

@@ -88,8 +88,10 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.txt", r"--data must be digits or photos, a folder of images, .* got .*data\.$"),
-        ("a.tar.gz", r"got .*, with a compressed tar file, .* one by one: gunzip a\.tar\.gz\.$"),
+        ("a.txt", r"--data must be digits or photos, .* got .*data, which holds 1 \.txt\.$"),
+        (".hidden.png", r"got .*data, which holds 1 hidden\.$"),
+        ("a.zip", r"got .*, with a compressed file, .* one by one: unzip a\.zip\.$"),
+        ("a.tar.gz", r"got .*, with a compressed file, .* one by one: gunzip a\.tar\.gz\.$"),
         ("a.TAR.ZST", r"got .*: unzstd a\.TAR\.ZST\.$"),
         ("data-0.arrow", r"got .*, with Arrow files and no state\.json: name a folder"),
     ],
@@ -100,6 +102,16 @@ def test_what_holds_no_data_is_refused_with_a_way_out(tmp_path, name, message):
     (folder / name).touch()
     with pytest.raises(ConfigError, match=message):
         data_config(str(folder), DataConfig())
+
+
+def test_a_single_image_and_an_empty_folder_are_no_data(tmp_path):
+    put_folder(tmp_path)
+    (image,) = tmp_path.iterdir()
+    with pytest.raises(ConfigError, match=r"a\.png, one image: name its folder\.$"):
+        data_config(str(image), DataConfig())
+    image.unlink()
+    with pytest.raises(ConfigError, match=r", which is empty\.$"):
+        data_config(str(tmp_path), DataConfig())
 
 
 def test_of_folders_that_are_splits_train_is_taken_and_that_is_said(tmp_path, caplog):

@@ -58,10 +58,21 @@ def test_grey_images_without_subfolders_have_no_classes():
     assert config.conditioning.num_classes is None
 
 
-@pytest.mark.parametrize("names", [("a/1.png", "2.png"), ("a/1.png", "a/2.png")])
-def test_subfolders_are_classes_if_all_images_lie_in_several(names):
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("a/1.png", "2.png"), []),
+        (("a/1.png", "a/2.png"), []),
+        (("a/1.png", "b/1.png", "2.png"), ["no classes: 2.png lies outside of the subfolders of"]),
+        (("data/a/1.png", "data/b/1.png"), ["no classes: name img/data for its subfolders to be"]),
+    ],
+)
+def test_subfolders_are_classes_if_all_images_lie_in_several(caplog, names, said):
     fill(Path("img"), *names)
     assert settings_of("--data", "img").conditioning.num_classes is None
+    assert [one.startswith(two) for one, two in zip(caplog.messages, said, strict=True)] == [
+        True for _ in said
+    ]
 
 
 def test_the_architecture_is_chosen_by_the_images_that_there_are():
@@ -102,11 +113,21 @@ def test_of_folders_that_are_splits_the_one_to_train_on_is_taken():
         settings_of("--data", "parts")
     fill(Path("above/again"), "train/a/1.png", "train/b/1.png", "test/a/2.png")
     assert settings_of("--data", "above").data.path == "above/again/train"
-    fill(Path("img"), "1.png")
-    assert settings_of("--data", "img").data.path == "img"
-    Path("img/1.png").unlink()
-    fill(Path("img"), "other/1.png")  # a class as any
-    assert settings_of("--data", "img").data.path == "img"
+    fill(Path("img"), "1.png")  # such as a preview
+    assert settings_of("--data", "img").data.path == "img/train"
+
+
+def test_folders_beside_splits_may_make_all_of_them_classes(caplog):
+    fill(Path("img"), "train/1.png", "test/2.png", "masks/1.png")
+    message = "img holds the splits train and test, and beside them masks. Name the folder to take"
+    for flags in ((), ("--data.source", "folder")):
+        with pytest.raises(DataError, match=message):
+            settings_of("--data", "img", *flags)
+    assert settings_of("--data", "img/train").data.path == "img/train"
+    classes = settings_of("--data", "img", "--data.labels-from-folders")
+    assert (classes.data.path, classes.conditioning.num_classes) == ("img", 3)
+    fill(Path("vehicles"), "train/1.png", "tram/2.png", "bus/1.png")
+    assert settings_of("--data", "vehicles").conditioning.num_classes == 3
 
 
 def test_bundled_images_have_names_and_a_folder_of_that_name_a_path():

@@ -15,7 +15,7 @@ import struct
 import tokenize
 import zipfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,16 @@ from tdc_ray.data.sources.npz_labels import check_type, class_numbers
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
+
+LABELS_OF: Mapping[str, tuple[str, ...]] = {
+    "images": ("labels", "arr_1"),
+    "arr_0": ("labels", "arr_1"),
+    "data": ("labels", "arr_1"),
+    "x_train": ("y_train",),
+    "train_images": ("train_labels",),
+}
+"""Names of arrays of images, and of their labels: NumPy's own, ImageNet-64's, Keras', MedMNIST's.
+Of the last two the images to train on are taken."""
 
 BLOCK_BYTES = 2**20
 """How much of a file is unpacked at once."""
@@ -169,10 +179,11 @@ def open_npz(path: Path) -> NpzFile:
     """
     with _opened(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        key = next((key for key in ("images", "arr_0", "data") if key in members), None)
+        key = next((key for key in LABELS_OF if key in members), None)
         if key is None:
             raise CorruptFileError(
-                f"{path} must hold images, arr_0 or data; it holds {', '.join(members)}."
+                f"{path} must hold images in {', '.join(LABELS_OF)}; it holds "
+                f"{', '.join(members)}. Save them by numpy.savez(path, images=..., labels=...)."
             )
         with archive.open(members[key]) as file:
             shape, fortran_order, dtype = _read_header(file)
@@ -183,7 +194,7 @@ def open_npz(path: Path) -> NpzFile:
         stored_shape = _row_shape(shape, path) if is_rows else _image_shape(shape, key, path)
         if header_bytes + math.prod(shape) != members[key].file_size:
             raise ValueError(f"{key} has not the size of shape {shape}")
-        label_key = next((key for key in ("labels", "arr_1") if key in members), None)
+        label_key = next((key for key in LABELS_OF[key] if key in members), None)
         labels = None
         if label_key is not None:
             labels = _read_labels(archive, members[label_key], shape[0], path)

@@ -107,6 +107,41 @@ def train_folder(root: Path) -> Path | None:
         trail.append(root.resolve())
 
 
+def split_to_take(root: Path, *, has_classes: bool = False) -> Path | None:
+    """Return the folder ``train`` that images are taken from, where folders are splits.
+
+    Images beside the splits do not count, other than in :func:`train_folder`.
+
+    Args:
+        root: The folder.
+        has_classes: Whether it was said that its folders are classes.
+
+    Raises:
+        DataError: Folders of other names lie beside the splits, so that all may be classes; or
+            no split is to train on; or a folder cannot be listed.
+    """
+    if (train := train_folder(root)) is not None:
+        return train
+    if splits := lone_splits(root):
+        raise DataError(
+            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as "
+            "train. Name the folder of the one to take."
+        )
+    folders = [name for name, is_folder in _entries(root, Counter()) if is_folder]
+    names = [name for name in folders if name.lower() in TRAIN]
+    splits = [name for name in folders if name.lower() in OTHER_SPLITS]
+    if has_classes or len(names) != 1 or not splits:
+        return None
+    if others := [name for name in folders if name not in (*names, *splits)]:
+        raise DataError(
+            f"{root} holds the splits {' and '.join((*names, *splits))}, and beside them "
+            f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''}. Name the folder "
+            f"to take, such as {root / names[0]}; or, if all of them are classes, set "
+            "--data.labels-from-folders."
+        )
+    return root / names[0]
+
+
 def lone_splits(root: Path) -> list[str]:
     """Return the names of a folder's parts where it has nothing else, and none to train on.
 

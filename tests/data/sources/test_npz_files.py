@@ -137,9 +137,25 @@ def test_hidden_npz_files_are_passed_over_and_upper_case_ones_read(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("train", "test"),
+    [(("x_train", "y_train"), "x_test"), (("train_images", "train_labels"), "test_images")],
+)
+def test_the_training_images_of_keras_and_medmnist_are_taken(tmp_path, train, test):
+    pixels, labels = random_pixels(6, 8, 8), np.arange(6)[:, None] % 3
+    arrays = dict(zip(train, (pixels, labels), strict=True))
+    np.savez(tmp_path / "a.npz", **{test: random_pixels(2, 8, 8)}, **arrays)
+    dataset = load_dataset(npz_config(tmp_path / "a.npz"))
+    assert (len(dataset), dataset.num_classes) == (6, 3)
+    assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"pixels": random_pixels(2, 8, 8), "y": 1}, "must hold images, arr_0 or data; it holds"),
+        (
+            {"pixels": random_pixels(2, 8, 8), "y": 1},
+            "must hold images in images, arr_0, .*; it holds",
+        ),
         (
             {"images": np.zeros((2, 8, 8), np.float32)},
             r"images in .*a\.npz must be uint8, got float32",
