@@ -64,7 +64,8 @@ def test_the_plan_command_imports_no_framework(tmp_path):
 
 def test_the_packages_names_are_loaded_when_they_are_first_used():
     code = (
-        "import sys, tdc_ray; assert 'tdc_ray.config.presets' not in sys.modules; "
+        "import sys, tdc_ray; assert {'load_base', '__version__'} <= set(dir(tdc_ray)); "
+        "assert 'tdc_ray.config.presets' not in sys.modules; assert tdc_ray.__version__; "
         "assert tdc_ray.preset('cifar10').preset == 'cifar10'; "
         "assert 'tdc_ray.config.presets' in sys.modules"
     )
