@@ -26,8 +26,12 @@ MAX_NAMED = 20
 MOST_CLASSES = 2**20
 """Labels are below this: each class takes memory in a network."""
 
-MAX_CHECKED = 100
-"""Most images whose headers the check when a dataset is opened looks at."""
+MAX_CHECKED, MAX_RARE_CHECKED = 100, 10_000
+"""Most images whose headers are checked when a dataset is opened, and most among whose names files
+of rare kinds are looked for, which are checked too."""
+
+USUAL_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
+"""Of kinds of images that say which value is white."""
 
 logger = logging.getLogger(__name__)
 
@@ -118,13 +122,20 @@ class EncodedImages(ABC):
                 is unknown what value white has.
         """
         self.__getitems__([0])
-        for index in self.spread(MAX_CHECKED):
+        for index in {*self.spread(MAX_CHECKED), *self._rare()}:
             encoded = self.encoded(index)
             header = read_header(encoded)
             if header is not None and header.is_deep:
                 with suppress(CorruptFileError):  # counted when it is asked for
                     self._decode(encoded)
         return self
+
+    def _rare(self) -> Iterator[int]:
+        """Yield the indices of files of rare kinds among some that are evenly spread."""
+        if isinstance(self.encoded(0), Path):
+            for index in self.spread(MAX_RARE_CHECKED):
+                if Path(self.name(index)).suffix.lower() not in USUAL_SUFFIXES:
+                    yield index
 
     def spread(self, count: int) -> Iterator[int]:
         """Yield the indices of at most ``count`` images, evenly spread."""

@@ -365,6 +365,13 @@ def test_grey_whose_white_is_unknown_is_refused_before_any_work(tmp_path):
         load_dataset(folder_config(tmp_path))
 
 
+def test_one_such_image_among_many_is_refused_before_any_work(tmp_path):
+    dots(tmp_path, *(f"{index:03}.png" for index in range(250)))
+    Image.fromarray(random_pixels(8, 8).astype(np.float32)).save(tmp_path / "100a.tif")
+    with pytest.raises(DataError, match=r"100a\.tif holds grey from"):
+        load_dataset(folder_config(tmp_path))
+
+
 def test_a_file_that_is_gone_is_no_corrupt_one(tmp_path):
     for name in ("0.png", "1.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
