@@ -8,6 +8,7 @@ from textwrap import wrap
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from tdc_ray.config.image_size import size_text
+from tdc_ray.config.run import RunConfig
 
 WIDTH = 100
 """Most columns of a line."""
@@ -18,7 +19,7 @@ COLUMN = 36
 IMAGES = {
     "--data PATH": "your images: folder, file or hub name; base: drawn from --base",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
-    "--data.image-size PIXELS": "what images are brought to: 64 for a square, or 48x64",
+    "--data.image-size PIXELS": "what images are brought to, such as 64, or 48x64",
     "--data.num-channels N": "grey or colour",
 }
 MODEL = {
@@ -167,6 +168,9 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 }
 """Flags by command and group; the words behind a flag name its value."""
 
+FOUND_IN_DATA = ("image_size", "num_channels", "num_classes")
+"""Settings of the preset ``images`` that are those of the images."""
+
 ALIASES = {"base": "model.base", "compare": "compare.kind", "hours": "budget.hours"}
 """Settings that have a short flag."""
 
@@ -208,8 +212,17 @@ def _values(flag: str, command: Any) -> str:
     if name == "image_size":
         default = size_text(value)
     has_default = not flag.isupper() and value is not None and not isinstance(value, bool)
+    if _are_found(command) and name in FOUND_IN_DATA:
+        default = "the images'"
     is_given = has_default and "MISSING" not in repr(value) and value != ()
     return (f": {', '.join(choices)}" if choices else "") + (f" [{default}]" if is_given else "")
+
+
+def _are_found(command: Any) -> bool:
+    """Whether a command's images are people's own, and decide the settings that follow them."""
+    config = command.config
+    is_run = isinstance(config, RunConfig)
+    return is_run and config.preset == "images" and config.model.base is None
 
 
 def _owner(flag: str, command: Any) -> tuple[Any, str]:

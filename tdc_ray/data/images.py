@@ -7,7 +7,7 @@ import hashlib
 import logging
 import zipfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data import IterableDataset
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.detect import data_config
 from tdc_ray.data.sources.image_file import GREY_MODES, shown_pixels
+from tdc_ray.data.sources.npz_labels import check_type, class_numbers
 from tdc_ray.errors import DataError
 from tdc_ray.storage.object_store import temporary_path
 
@@ -44,19 +45,23 @@ logger = logging.getLogger(__name__)
 class Images:
     """Images of a tensor, an array, or a data set, with what these do not say of themselves."""
 
-    images: Any
+    images: Any = field(repr=False)
     """A tensor ``(N, C, H, W)``, an array ``(N, H, W, C)`` or ``(N, H, W)``, or a data set with a
     length, whose elements are such images without the N, or Pillow's: alone, or first in a tuple,
     before an int label, or in a mapping under ``image``, beside ``label``. Every element is read
     once, so what it draws at random stays as drawn."""
 
-    labels: Any = None
-    """Classes of the images, whole numbers from 0, ``(N,)``; None means those of a data set, if
-    all its images have one."""
+    labels: Any = field(default=None, repr=False)
+    """Classes of the images, whole numbers from 0, ``(N,)``, ``(N, 1)`` or one-hot; None means
+    those of a data set, if all its images have one."""
 
     value_range: tuple[float, float] | None = None
     """Black and white in floating-point images, such as (-1, 1) or (0, 1); they are rounded to 8
     bits. None means that there are none: uint8 images have 0 and 255."""
+
+    def __post_init__(self) -> None:
+        if self.value_range is not None and self.value_range[0] == self.value_range[1]:
+            raise DataError(f"value_range must be black and white, got {self.value_range}.")
 
     def save(self, folder: Path, shape: tuple[int, int, int]) -> Path:
         """Write the images as an npz file that is named by its content; return its path.
@@ -146,12 +151,8 @@ class Images:
         if self.labels is None:
             return np.asarray(found, dtype=np.int64) if len(found) == count else None
         labels = np.asarray(self.labels)
-        if labels.shape != (count,) or not np.issubdtype(labels.dtype, np.integer):
-            raise DataError(
-                f"labels must be {count} whole numbers, one per image, got {labels.dtype} of "
-                f"shape {labels.shape}."
-            )
-        return labels.astype(np.int64)
+        check_type(labels.dtype, "tdc_ray.Images")
+        return class_numbers(labels, count, "tdc_ray.Images")
 
 
 def images_config(images: Any, data: DataConfig, folder: Path, *, classes: bool) -> DataConfig:

@@ -318,9 +318,12 @@ def test_verbose_shows_where_an_error_came_from(tmp_path):
 
 def test_dry_run_shows_settings_and_plan_and_does_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert run_command(["run", "--dry-run"]) == 0
+    assert run_command(["run", "--dry-run", "--verbose"]) == 0
+    assert "num_groups=4" in capsys.readouterr().out
+    assert run_command(["run", "--dry-run", "--seed", "3", "--model.dropout", "0.1"]) == 0
     printed = capsys.readouterr().out
-    assert "num_groups=4" in printed
+    assert "settings: the preset digits, but (--verbose: all)\n  seed 0 -> 3\n" in printed
+    assert "  model.dropout 0.0 -> 0.1\n" in printed
     assert "mean limit over the 20 sampling steps" in printed
     assert not list(tmp_path.iterdir())
 

@@ -70,6 +70,8 @@ def test_images_of_every_kind_are_read_as_their_pixels(tmp_path, images):
     "images",
     [
         Images(PIXELS, labels=LABELS),
+        Images(PIXELS, labels=np.eye(max(LABELS) + 1)[LABELS]),
+        Images(PIXELS, labels=[[float(label)] for label in LABELS]),
         Images(tensor(), labels=torch.tensor(LABELS)),
         TensorDataset(tensor(), torch.tensor(LABELS)),
         Listed([{"img": i, "label": n} for i, n in zip(PIXELS, LABELS, strict=True)]),
@@ -162,8 +164,11 @@ def test_a_path_is_read_as_the_command_line_reads_it(tmp_path):
         ({"image": PIXELS}, "got a dict"),
         (Listed([{"pixels": PIXELS[0]}]), "must have one of image, img, .*got pixels"),
         (Listed(["a.png"]), "or Pillow's, got a str"),
-        (Images(PIXELS, labels=[0, 1]), r"labels must be 5 whole numbers.*shape \(2,\)"),
-        (Images(PIXELS, labels=[0.5] * 5), "labels must be 5 whole numbers.*float64"),
+        (
+            Images(PIXELS, labels=[0, 1]),
+            r"labels in tdc_ray\.Images must have shape \(5,\).*\(2,\)",
+        ),
+        (Images(PIXELS, labels=[0.5] * 5), r"labels in .* must be whole numbers, got 0\.5"),
     ],
 )
 def test_what_is_not_clearly_images_is_refused_and_nothing_is_left(tmp_path, images, words):

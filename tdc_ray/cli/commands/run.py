@@ -16,7 +16,14 @@ from tdc_ray.cli.paths import (
     check_output_folder,
     check_settings,
 )
-from tdc_ray.config.run import RunConfig, default_run_dir, with_absolute_paths
+from tdc_ray.config.presets import preset
+from tdc_ray.config.run import (
+    RunConfig,
+    default_run_dir,
+    named_differences,
+    to_json,
+    with_absolute_paths,
+)
 from tdc_ray.errors import TdcError
 from tdc_ray.models.config_file import with_file
 from tdc_ray.reporting.loggers.names import check_loggers
@@ -83,6 +90,7 @@ class RunCommand:
         name = display_path(folder)
         from tdc_ray.cli.run import run
         from tdc_ray.execution.ray.cluster import check_local_ray
+        from tdc_ray.models.unet2d.architectures import base_unet
         from tdc_ray.runs.budget import steps_by_count
         from tdc_ray.runs.choices import with_choices, with_pretrained
         from tdc_ray.runs.preflight import check
@@ -98,12 +106,14 @@ class RunCommand:
             if not exists(recorded):
                 config = steps_by_count(config, plan, space.macs_base)
             check_local_ray()
-            console.print(config)
+            console.print(config if self.verbose else settings_text(config), soft_wrap=True)
             show_plan(config, base, console)
             if config.budget.hours is not None:
                 console.print("--hours: the steps are set once they have been timed")
             console.print(f"would run in {name}", soft_wrap=True)
             return
+        if config.model.base is None and not config.model.is_open:
+            base_unet(config.model, config.conditioning)  # refuses a name that there is not
         console.print(
             f"run directory {name}; interrupted, the same command resumes it", soft_wrap=True
         )
@@ -125,6 +135,17 @@ class RunCommand:
     def _has_begun(self) -> bool:
         """Whether the run directory, where one is named, has settings of an earlier call."""
         return self.run_dir is not None and exists(RunDir(resolve_path(self.run_dir)).config)
+
+
+def settings_text(config: RunConfig) -> str:
+    """Write which settings of a run are not its preset's; of a network the log says more."""
+    document = to_json(config)
+    usual = to_json(preset(config.preset))
+    for one in (document, usual):
+        del one["model"]["network"]
+    changed = named_differences(usual, document)
+    title = f"settings: the preset {config.preset}{', but' if changed else ''} (--verbose: all)"
+    return "\n".join([title, *(f"  {one}" for one in changed)])
 
 
 def _is_finished(folder: Path | None) -> bool:

@@ -1,4 +1,4 @@
-"""The labels of an npz file, in any of their usual forms, as whole numbers."""
+"""Labels of an npz file, or given in Python, in any of their usual forms, as whole numbers."""
 
 from pathlib import Path
 
@@ -9,7 +9,7 @@ from tdc_ray.data.sources.encoded import MOST_CLASSES
 from tdc_ray.errors import DataError
 
 
-def check_type(dtype: np.dtype, path: Path) -> None:
+def check_type(dtype: np.dtype, source: Path | str) -> None:
     """Refuse labels that are no numbers, before they are read.
 
     Raises:
@@ -18,18 +18,20 @@ def check_type(dtype: np.dtype, path: Path) -> None:
     if dtype.kind not in "buif":
         kind = "text" if dtype.kind in "US" else str(dtype)
         raise DataError(
-            f"labels in {path} must be whole numbers, got {kind}. Number the classes: names, "
+            f"labels in {source} must be whole numbers, got {kind}. Number the classes: names, "
             "labels = numpy.unique(labels, return_inverse=True)."
         )
 
 
-def class_numbers(labels: NDArray[np.generic], count: int, path: Path) -> NDArray[np.int64]:
+def class_numbers(
+    labels: NDArray[np.generic], count: int, source: Path | str
+) -> NDArray[np.int64]:
     """Convert labels into class numbers.
 
     Args:
         labels: ``(N,)`` or ``(N, 1)`` whole numbers, of any type, or ``(N, K)`` one-hot.
         count: ``N``, the number of images.
-        path: Of the file, for the error.
+        source: What they are of, for the error.
 
     Returns:
         ``(N,)``.
@@ -43,15 +45,15 @@ def class_numbers(labels: NDArray[np.generic], count: int, path: Path) -> NDArra
         labels = labels.argmax(1)
     if labels.shape != (count,):
         raise DataError(
-            f"labels in {path} must have shape ({count},), ({count}, 1), or be one-hot of shape "
+            f"labels in {source} must have shape ({count},), ({count}, 1), or be one-hot of shape "
             f"({count}, classes), got {labels.shape}."
         )
     with np.errstate(invalid="ignore"):
         numbers: NDArray[np.int64] = labels.astype(np.int64)
     if (others := labels[numbers != labels]).size:
-        raise DataError(f"labels in {path} must be whole numbers, got {others[0]}.")
+        raise DataError(f"labels in {source} must be whole numbers, got {others[0]}.")
     if (largest := numbers.max(initial=0)) >= MOST_CLASSES:
-        raise DataError(f"labels in {path} must be below {MOST_CLASSES}, got {largest}.")
+        raise DataError(f"labels in {source} must be below {MOST_CLASSES}, got {largest}.")
     return numbers
 
 
