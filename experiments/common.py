@@ -128,8 +128,12 @@ class Flags:
         steps = None if self.base_steps is None else f"base-{self.base_steps}"
         held_out = "held-out" if self.held_out_of_base else None
         size = None if self.image_size is None else f"{self.image_size}px"
-        network = self.architecture if self.network is None else self.network.stem
-        return "-".join(filter(None, (self.preset, size, network, steps, held_out)))
+        return "-".join(filter(None, (self.preset, size, self.network_name, steps, held_out)))
+
+    @property
+    def network_name(self) -> str | None:
+        """What the network is called where it is not the preset's."""
+        return self.architecture if self.network is None else self.network.stem
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +197,8 @@ def parse_flags(description: str | None, kind: type[AnyFlags] = Flags) -> AnyFla
     flags = replace(flags, storage=resolve_path(flags.storage))
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     logging.getLogger("tdc_ray").setLevel(logging.INFO)
+    if flags.network is not None and flags.architecture is not None:
+        raise ConfigError("give --network or --architecture, not both.")
     if flags.smoke:
         return replace(flags, preset=SMOKE_PRESET, seeds=flags.seeds[:1])
     return flags
@@ -374,7 +380,9 @@ def trained_base(
 def continue_training(shorter: RunDir, run_dir: RunDir, store: Path) -> None:
     """Give a base's training the checkpoints of a shorter one's, unless it has begun."""
     state = last_checkpoint(shorter, ResultCache(store, display_path(run_dir.root)))
-    if state is None or exists(run_dir.base_training) or is_remote(run_dir.root):
+    if state is None or exists(run_dir.base_training):
+        return
+    if is_remote(run_dir.root) or is_remote(state):  # copying them may take longer than training
         return
     # Ray Train's folder: its list of checkpoints names them relative to it.
     part = run_dir.base_training.with_suffix(".part")

@@ -269,8 +269,7 @@ def main(flags: EqualFlags) -> None:
     steps = "" if flags.base_steps is None else f"-base-{flags.base_steps}"
     size = None if flags.image_size is None else f"{flags.image_size}px"
     share = None if flags.mean_macs_share is None else f"{flags.mean_macs_share:g}"
-    network = flags.architecture if flags.network is None else flags.network.stem
-    chosen = size, network, flags.method, flags.schedule, share, flags.allocation
+    chosen = size, flags.network_name, flags.method, flags.schedule, share, flags.allocation
     parts = [flags.preset, *filter(None, chosen)]
     held_out = "-held-out" if flags.held_out_of_base else ""
     folder = flags.storage / f"equal_compute-{'-'.join(parts)}{steps}{held_out}"

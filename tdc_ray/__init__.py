@@ -60,12 +60,12 @@ _MODULES = {
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_MODULES, "__version__"})
+    return [*__all__, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version(__name__)
+        return importlib.import_module("tdc_ray.storage.provenance").versions()["tdc-ray"]
     if name not in _MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)

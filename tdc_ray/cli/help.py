@@ -176,8 +176,8 @@ ALIASES = {"base": "model.base", "compare": "compare.kind", "hours": "budget.hou
 
 
 def summary(command: Any) -> str:
-    """Return the first sentence of a command's description."""
-    return (type(command).__doc__ or "").splitlines()[0]
+    """Return the first line of a command's description."""
+    return str(type(command).__doc__).splitlines()[0]
 
 
 def short_help(name: str, command: Any) -> str | None:

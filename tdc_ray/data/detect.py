@@ -14,8 +14,13 @@ from tdc_ray.data.sources.image_file import image_suffixes
 from tdc_ray.data.sources.imagefolder import metadata_files
 from tdc_ray.data.sources.npz import npz_in
 from tdc_ray.data.sources.shards import shard_paths
-from tdc_ray.data.sources.walk import image_paths, split_to_take
-from tdc_ray.errors import ConfigError
+from tdc_ray.data.sources.walk import (
+    beside_splits,
+    image_paths,
+    lone_splits,
+    split_to_take,
+)
+from tdc_ray.errors import ConfigError, DataError
 from tdc_ray.storage.object_store import resolve_path
 
 SHARDS: dict[str, Source] = {parquet.SUFFIX: "parquet", webdataset.SUFFIX: "webdataset"}
@@ -91,15 +96,25 @@ def train_split(folder: str, *, has_classes: bool) -> str:
         has_classes: Whether it was said that its folders are classes.
 
     Raises:
-        DataError: The folder cannot be listed, a link leads to nothing, no split is to train on,
-            or other folders lie beside the splits.
+        DataError: The folder cannot be listed, a link leads to nothing, or no split is to train
+            on.
     """
     root = resolve_path(folder)
+    if splits := lone_splits(root):
+        raise DataError(
+            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as "
+            "train. Name the folder of the one to take."
+        )
     train = split_to_take(root, has_classes=has_classes)
     if train is None:
         return folder
-    taken = train.relative_to(root)
-    logger.warning("%s holds splits: the images of %s are taken", folder, taken)
+    taken, others = train.relative_to(root), beside_splits(train.parent)
+    beside = f", and beside them {', '.join(others[:3])}" if others else ""
+    more = " and others" if len(others) > 3 else ""
+    hint = " (--data.labels-from-folders takes all folders, as classes)" if others else ""
+    logger.warning(
+        "%s holds splits%s%s: the images of %s are taken%s", folder, beside, more, taken, hint
+    )
     return str(train)
 
 
@@ -142,4 +157,4 @@ def _hint(path: Path) -> str:
     others = Counter[str]()
     list(image_paths(path, others))
     found = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
-    return f", which holds {found}" if found else ", which is empty"
+    return f", which holds these files: {found}" if found else ", which holds no files"

@@ -61,7 +61,7 @@ class Images:
 
     def __post_init__(self) -> None:
         if self.value_range is not None and self.value_range[0] == self.value_range[1]:
-            raise DataError(f"value_range must be black and white, got {self.value_range}.")
+            raise DataError(f"value_range must be two different numbers, got {self.value_range}.")
 
     def save(self, folder: Path, shape: tuple[int, int, int]) -> Path:
         """Write the images as an npz file that is named by its content; return its path.

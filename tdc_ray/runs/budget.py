@@ -262,7 +262,7 @@ def steps_by_time(config: RunConfig, timing: Timing, elapsed: float) -> tuple[Ru
 def has_room(config: RunConfig, timing: Timing, elapsed: float, share: float) -> bool:
     """Whether ``--hours`` has room to train a base of so many times the macs.
 
-    That are ``LEAST_BASE_STEPS`` steps, or the preset's, if these are fewer.
+    That is, for ``LEAST_BASE_STEPS`` steps, or the preset's, if these are fewer.
 
     Args:
         config: The settings of a run that trains its base.
@@ -309,7 +309,8 @@ def with_time_left(
     """
     assert config.budget.hours is not None
     slower = stage_1_seconds / timing.stage_1
-    after = timing.search + timing.evaluation + timing.reference
+    starts = (1 - STAGE_1_STARTS / NUM_STARTS) * timing.starts
+    after = timing.search + timing.evaluation + timing.reference + starts
     training = timing.finetunes + timing.comparison
     if slower <= 1 or config.finetune.num_steps == 0:
         return config

@@ -122,9 +122,10 @@ def with_smaller_network(config: RunConfig, has_room: Callable[[float], bool]) -
         return config
     fitting = [macs for macs in smaller if has_room(macs / macs_before)]
     logger.info(
-        "--hours %g has no room to train that network: a smaller one is taken (set --model.depth "
-        "to keep its channels)",
+        "--hours %g has no room to train that network: a smaller one is taken (--model.depth %d "
+        "keeps it)",
         config.budget.hours,
+        base_unet(model, config.conditioning)["layers_per_block"],
     )
     return _with_network(config, smaller[max(fitting, default=min(smaller))])
 

@@ -9,6 +9,7 @@ from tdc_ray.config.run import from_json, to_json
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.results import Results, load_results
 from tdc_ray.runs.status import status
+from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.object_store import display_path
 from tdc_ray.storage.run_dir import RunDir
@@ -45,7 +46,10 @@ def load_overview(root: Path) -> RunOverview:
     run_dir = RunDir(root)
     if not exists(run_dir.config) or not _is_run(run_dir.config):
         raise StorageError(f"{display_path(root)} is no run directory: it has no settings of one.")
-    settings = _dotted(to_json(from_json(read_json(run_dir.config))))
+    document = to_json(from_json(read_json(run_dir.config)))
+    if (network := document["model"]["network"]) is not None:  # of dozens of values
+        document["model"]["network"] = _network_text(network)
+    settings = _dotted(document)
     results = load_results(run_dir.results) if exists(run_dir.results) else None
     progress = "finished" if results is not None else _progress(run_dir)
     return RunOverview(root=root, settings=settings, results=results, progress=progress)
@@ -88,6 +92,12 @@ def _progress(run_dir: RunDir) -> str:
     if done or any(group.num_candidates for group in found.groups):
         return f"{done} of {len(found.groups)} experts"
     return f"base: {found.base}"
+
+
+def _network_text(network: Mapping[str, Any]) -> str:
+    """Write what tells a network from others in a word: its channels, and a digest of the rest."""
+    channels = network.get("block_out_channels", network.get("_class_name"))
+    return f"{channels} ({json_digest(network)[:6]})"
 
 
 def _dotted(document: Mapping[str, Any], prefix: str = "") -> dict[str, object]:

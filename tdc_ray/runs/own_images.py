@@ -134,8 +134,8 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
         # "./digits" is a path, which a Path would write as the name of a bundled source.
         data = data_config(str(root) if path.startswith("~") else path, data)
     elif data.source == "folder":
-        path = train_split(str(root), has_classes=data.labels_from_folders)
-        data = replace(data, path=path)
+        taken = train_split(str(root), has_classes=data.labels_from_folders)
+        data = replace(data, path=taken)
     if data.source == "folder" and "data.labels_from_folders" not in given:
         assert data.path is not None  # DataConfig's own rule
         data = replace(data, labels_from_folders=_are_classes(Path(data.path)))

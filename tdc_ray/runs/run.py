@@ -1,6 +1,7 @@
 """Algorithm 1 from start to end: plan, base, pruning rounds and fine-tunes, pipeline, scores."""
 
 import logging
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -105,6 +106,9 @@ from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.provenance import commit, machine, versions
 from tdc_ray.storage.run_dir import FIRST_STAGE_DIR, RunDir
+
+QUICKER = 0.9
+"""Share of a step's time that one of a smaller network takes, where it pays to go on so."""
 
 Checked: TypeAlias = tuple[NetworkConfig, Space, Plan]
 """What ``check`` returns."""
@@ -296,24 +300,28 @@ def _within_hours(
     Raises:
         ConfigError: There is no room for a single step of base and fine-tunes.
     """
-    network, space, plan = checked
     num_experts = workers.num_workers(actor_resources(config.compute))
-    share = mean_limit(config, plan)
-    base, experts = step_times(run_dir, config, network, share, num_experts)
     logger.info("timing steps of the base, then of experts, for --hours")
-    asked_at = time.perf_counter()
-    alone = workers.run({"base": base}, "step times")["base"]
-    timed_at = time.perf_counter()
-    starting = max(starting, timed_at - asked_at - alone.seconds)
-    timing = partial(timing_of, config, network, plan, spec, alone, macs_base=space.macs_base)
-    if trains_base(config):
+    before = math.inf  # seconds of a step of the larger network
+    while True:
+        network, space, plan = checked
+        share = mean_limit(config, plan)
+        base, experts = step_times(run_dir, config, network, share, num_experts)
+        asked_at = time.perf_counter()
+        alone = workers.run({"base": base}, "step times")["base"]
+        timed_at = time.perf_counter()
+        starting = max(starting, timed_at - asked_at - alone.seconds)
+        timing = partial(timing_of, config, network, plan, spec, alone, macs_base=space.macs_base)
+        # A GPU may take as long for a step of small networks, however small they are.
+        if not trains_base(config) or alone.step_seconds > QUICKER * before:
+            break
         guess = timing([alone] * num_experts, start_seconds=starting)  # experts as fast as it
-        fits = partial(has_room, config, guess, timed_at - began)
-        smaller = with_smaller_network(config, fits)
-        if smaller != config:
-            network = base_unet(smaller.model, smaller.conditioning)
-            checked = network, *space_and_plan(smaller, network)
-            return _within_hours(run_dir, smaller, checked, spec, workers, starting, began)
+        smaller = with_smaller_network(config, partial(has_room, config, guess, timed_at - began))
+        if smaller == config:
+            break
+        network = base_unet(smaller.model, smaller.conditioning)
+        checked = network, *space_and_plan(smaller, network)
+        config, before = smaller, alone.step_seconds
     together = list(workers.run(experts, "step times").values())
     done = time.perf_counter()
     starting = max(starting, done - timed_at - max(one.seconds for one in together))

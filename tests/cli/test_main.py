@@ -320,6 +320,10 @@ def test_dry_run_shows_settings_and_plan_and_does_nothing(tmp_path, capsys, monk
     monkeypatch.chdir(tmp_path)
     assert run_command(["run", "--dry-run", "--verbose"]) == 0
     assert "num_groups=4" in capsys.readouterr().out
+    assert run_command(["run", "--dry-run"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "settings: the preset digits (--verbose: all)\ndigits: measured schedule, k = 0.5"
+    )
     assert run_command(["run", "--dry-run", "--seed", "3", "--model.dropout", "0.1"]) == 0
     printed = capsys.readouterr().out
     assert "settings: the preset digits, but (--verbose: all)\n  seed 0 -> 3\n" in printed

@@ -88,8 +88,11 @@ def test_data_of_several_kinds_is_refused_with_what_to_do(tmp_path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("a.txt", r"--data must be digits or photos, .* got .*data, which holds 1 \.txt\.$"),
-        (".hidden.png", r"got .*data, which holds 1 hidden\.$"),
+        (
+            "a.txt",
+            r"--data must be digits or photos, .* got .*data, which holds these files: 1 \.txt\.$",
+        ),
+        (".hidden.png", r"got .*data, which holds these files: 1 hidden\.$"),
         ("a.zip", r"got .*, with a compressed file, .* one by one: unzip a\.zip\.$"),
         ("a.tar.gz", r"got .*, with a compressed file, .* one by one: gunzip a\.tar\.gz\.$"),
         ("a.TAR.ZST", r"got .*: unzstd a\.TAR\.ZST\.$"),
@@ -110,7 +113,7 @@ def test_a_single_image_and_an_empty_folder_are_no_data(tmp_path):
     with pytest.raises(ConfigError, match=r"a\.png, one image: name its folder\.$"):
         data_config(str(image), DataConfig())
     image.unlink()
-    with pytest.raises(ConfigError, match=r", which is empty\.$"):
+    with pytest.raises(ConfigError, match=r", which holds no files\.$"):
         data_config(str(tmp_path), DataConfig())
 
 

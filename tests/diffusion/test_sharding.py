@@ -74,8 +74,7 @@ def steps_of(state: TrainState, config: RunConfig) -> list[float]:
     return norms
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("make", [random_unet, random_dit])
+@pytest.mark.parametrize("make", [random_unet, pytest.param(random_dit, marks=pytest.mark.slow)])
 def test_a_state_that_is_shared_trains_is_saved_and_read_as_one_that_is_not(
     make: Callable[[], Any], group: WorkerRank, tmp_path: Path
 ):

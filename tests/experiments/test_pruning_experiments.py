@@ -12,12 +12,14 @@ from tdc_ray.config.presets import preset
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.chain import run_chain
+from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import language_model_proxy
 from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
 from tdc_ray.runs.results import LossDifference
+from tdc_ray.storage.run_dir import RunDir
 from tests.pruning.llm.openai_server import calling, serving
 from tests.small import (
     latent_config,
@@ -270,6 +272,23 @@ def test_latents_are_ready_before_all_else(tmp_path):
     config = latent_config(stage, tmp_path / "cache")
     with workers(config, tmp_path / "more", tmp_path / "store"):
         assert len(list(training_of(config).latents.glob("*.safetensors"))) == 2  # of 1,797 digits
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("importable", "ray_cluster")
+def test_a_base_that_goes_on_with_a_shorter_ones_training_is_as_if_trained_at_once(tmp_path):
+    from common import trained_base
+
+    shorter = small_config(base={"num_steps": 4, "checkpoint_every": 2})
+    longer = replace(shorter, base=replace(shorter.base, num_steps=8))
+    trained_base(shorter, tmp_path / "shorter", tmp_path / "store")
+    gone_on = trained_base(longer, tmp_path / "on", tmp_path / "store", tmp_path / "shorter")
+    at_once = trained_base(longer, tmp_path / "once", tmp_path / "other")
+    assert weights_digest(gone_on) == weights_digest(at_once)
+    folders = [RunDir(tmp_path / name).base_training for name in ("shorter", "on")]
+    first, later = ({path.name for path in one.glob("checkpoint_*/")} for one in folders)
+    assert first & later
 
 
 @pytest.mark.usefixtures("importable")

@@ -1,4 +1,5 @@
 import logging
+import time
 from dataclasses import replace
 
 import pytest
@@ -28,10 +29,12 @@ from tdc_ray.runs.budget import (
 )
 from tdc_ray.runs.choices import with_choices
 from tdc_ray.runs.evaluation.features import find_features
-from tdc_ray.runs.preflight import space_and_plan
+from tdc_ray.runs.preflight import check, space_and_plan
+from tdc_ray.runs.run import _within_hours
 from tdc_ray.runs.stages import step_times
 from tdc_ray.runs.stages.step_times import StepTimesJob, StepTimesResult, measure_steps
 from tdc_ray.storage.files import write_json
+from tdc_ray.storage.run_dir import RunDir
 from tests.small import TINY, small_config
 
 
@@ -159,9 +162,8 @@ def test_the_rest_of_the_hours_is_for_training(caplog):
 def test_there_is_room_for_a_network_where_a_thousand_steps_of_its_base_are_left(hours):
     config = with_budget(hours=hours)
     for share in (1.0, 0.5, 0.25, 0.1, 0.03):
-        smaller = replace(TIMING.of_smaller(share), starts=TIMING.starts)
         try:
-            found, _ = steps_by_time(config, smaller, 20.0)
+            found, _ = steps_by_time(config, TIMING.of_smaller(share), 20.0)
         except ConfigError:
             steps = 0
         else:
@@ -169,6 +171,41 @@ def test_there_is_room_for_a_network_where_a_thousand_steps_of_its_base_are_left
         assert has_room(config, TIMING, 20.0, share) == (steps >= LEAST_BASE_STEPS)
     assert TIMING.of_smaller(0.5).starts == TIMING.starts
     assert TIMING.of_smaller(0.5).training == TIMING.training / 2
+
+
+class Workers:
+    """Say that a step of the base takes 60 seconds, then 6, and one of an expert 2."""
+
+    def __init__(self):
+        self.seconds = {
+            "base": iter([60.0, 6.0]),
+            "expert-0": iter([2.0]),
+            "expert-1": iter([2.0]),
+        }
+
+    def num_workers(self, _):
+        return 2
+
+    def run(self, chains, _):
+        steps = {name: next(self.seconds[name]) for name in chains}
+        return {name: StepTimesResult(step, step / 1e4, 1.0) for name, step in steps.items()}
+
+
+def test_a_network_that_hours_cannot_train_makes_way_for_a_smaller_one_that_a_resume_keeps(
+    tmp_path,
+):
+    asked = small_config(model={"architecture": "auto"}, budget={"hours": 0.5})
+    config, run_dir = with_choices(asked), RunDir(tmp_path)
+    began = time.perf_counter()
+    found, (network, space, _), timing = _within_hours(
+        run_dir, config, check(config), None, Workers(), 1.0, began
+    )
+    assert network == found.model.network != config.model.network
+    assert space.macs_base == network_structure(network).macs
+    assert found.base.num_steps * 6 == pytest.approx(timing.base, rel=0.1)
+    write_json(run_dir.config, to_json(found))
+    resumed = with_choices(asked, run_dir.config)
+    assert (resumed.model, resumed.base) == (found.model, found.base)
 
 
 def test_so_few_steps_that_no_image_will_be_seen_are_warned_of(caplog):
@@ -201,7 +238,7 @@ def test_stage_1_that_took_longer_than_planned_leaves_fewer_steps_of_fine_tunes(
     stage_1 = timing.stage_1
     assert with_time_left(config, timing, stage_1, 20.0 + stage_1) == config
     fewer = with_time_left(config, timing, 1.2 * stage_1, 20.0 + 1.2 * stage_1)
-    rest = 1.2 * (timing.search + timing.evaluation)
+    rest = 1.2 * (timing.search + timing.evaluation + 0.4 * timing.starts)
     training = 1.2 * (timing.finetunes + timing.comparison)
     scale = fewer.finetune.num_steps / config.finetune.num_steps
     ends = 20 + 1.2 * stage_1 + rest + scale * training
@@ -296,8 +333,7 @@ def test_what_a_comparison_trains_on_is_allowed_for():
     assert timing(compared).other > timing(config).other
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("share", [None, 0.6])
+@pytest.mark.parametrize("share", [pytest.param(None, marks=pytest.mark.slow), 0.6])
 def test_steps_are_timed_on_the_data_and_the_network_of_the_run(share, cache_dir):
     config = small_config(evaluate={"cache_dir": str(cache_dir)})
     found = measure_steps(StepTimesJob(config, TINY, share), lambda *_: None)

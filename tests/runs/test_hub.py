@@ -168,8 +168,8 @@ def test_the_dry_run_shows_both_commits(server, tmp_path, capsys):
     base = server.commit(MODEL, pipeline(tmp_path / "p", beta_end=0.02))
     assert run_command(["run", "--data", "a/b", "--base", "a/b", "--dry-run"]) == 0
     shown = "".join(capsys.readouterr().out.split())
-    assert f"path='a/b@{images}'" in shown
-    assert f"base='a/b@{base}'" in shown
+    assert f"->a/b@{images}" in shown
+    assert f"model.baseNone->a/b@{base}" in shown
 
 
 def test_a_run_keeps_the_commit_of_its_base(server, tmp_path):

@@ -6,7 +6,7 @@ import pytest
 from tdc_ray.config.run import RunConfig, to_json
 from tdc_ray.errors import StorageError
 from tdc_ray.runs.overview import differing, find_runs, load_overview, load_overviews
-from tests.small import small_config
+from tests.small import TINY, small_config
 
 
 def make_run(folder, config: RunConfig):
@@ -44,6 +44,19 @@ def test_settings_that_differ_are_named_with_every_runs_value(tmp_path):
         "finetune.num_steps": [steps, 7, 7],
     }
     assert differing(runs[:1]) == {}
+
+
+def test_networks_that_differ_are_one_setting(tmp_path):
+    networks = (TINY, {**TINY, "layers_per_block": 2})
+    models = [{"architecture": "auto", "network": network} for network in networks]
+    runs = [
+        load_overview(make_run(tmp_path / str(index), small_config(model=model)))
+        for index, model in enumerate(models)
+    ]
+    (name, (one, two)), *others = differing(runs).items()
+    assert (name, others) == ("model.network", [])
+    assert one.startswith("[16, 32] (")
+    assert two.startswith("[16, 32] (")
 
 
 def test_a_run_that_is_not_finished_says_how_far_it_is(tmp_path):

@@ -71,9 +71,7 @@ def test_grey_images_without_subfolders_have_no_classes():
 def test_subfolders_are_classes_if_all_images_lie_in_several(caplog, names, said):
     fill(Path("img"), *names)
     assert settings_of("--data", "img").conditioning.num_classes is None
-    assert [one.startswith(two) for one, two in zip(caplog.messages, said, strict=True)] == [
-        True for _ in said
-    ]
+    assert all(one.startswith(two) for one, two in zip(caplog.messages, said, strict=True))
 
 
 def test_the_architecture_is_chosen_by_the_images_that_there_are():
@@ -118,17 +116,24 @@ def test_of_folders_that_are_splits_the_one_to_train_on_is_taken():
     assert settings_of("--data", "img").data.path == "img/train"
 
 
-def test_folders_beside_splits_may_make_all_of_them_classes(caplog):
-    fill(Path("img"), "train/1.png", "test/2.png", "masks/1.png")
-    message = "img holds the splits train and test, and beside them masks. Name the folder to take"
+def test_what_lies_beside_splits_is_left_out_and_that_is_said(caplog):
+    fill(Path("up/img"), "train/1.png", "test/2.png", "masks/1.png")
     for flags in ((), ("--data.source", "folder")):
-        with pytest.raises(DataError, match=message):
-            settings_of("--data", "img", *flags)
-    assert settings_of("--data", "img/train").data.path == "img/train"
-    classes = settings_of("--data", "img", "--data.labels-from-folders")
-    assert (classes.data.path, classes.conditioning.num_classes) == ("img", 3)
+        for name in ("up/img", "up"):
+            caplog.clear()
+            assert settings_of("--data", name, *flags).data.path == "up/img/train"
+            assert "holds splits, and beside them masks: the images of" in caplog.text
+    classes = settings_of("--data", "up/img", "--data.labels-from-folders")
+    assert (classes.data.path, classes.conditioning.num_classes) == ("up/img", 3)
     fill(Path("vehicles"), "train/1.png", "tram/2.png", "bus/1.png")
     assert settings_of("--data", "vehicles").conditioning.num_classes == 3
+
+
+def test_a_run_on_a_split_is_resumed_whatever_came_to_lie_beside_it():
+    fill(Path("img"), "train/a/1.png", "train/b/1.png", "test/a/2.png")
+    before = started("--data", "img", "--run-dir", "run")
+    fill(Path("img"), "masks/1.png")
+    assert parse(["run", "--data", "img", "--run-dir", "run"]) == before
 
 
 def test_bundled_images_have_names_and_a_folder_of_that_name_a_path():

@@ -194,7 +194,7 @@ def test_what_the_base_tells_comes_along_and_a_flag_that_disagrees_is_refused(
     command = ["run", "--preset", "digits-smoke", "--base", str(pipeline), "--dry-run"]
     assert run_command(command) == 0
     printed = capsys.readouterr().out
-    assert "num_train_timesteps=600" in printed
+    assert "diffusion.num_train_timesteps 1000 -> 600\n" in printed
     assert "base 4.04 M macs" in printed
     for flags, words in (
         (["--diffusion.num-train-timesteps", "500"], "num_train_timesteps must be 600"),

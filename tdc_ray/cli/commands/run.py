@@ -113,7 +113,7 @@ class RunCommand:
             console.print(f"would run in {name}", soft_wrap=True)
             return
         if config.model.base is None and not config.model.is_open:
-            base_unet(config.model, config.conditioning)  # refuses a name that there is not
+            base_unet(config.model, config.conditioning)  # refuses an unknown architecture
         console.print(
             f"run directory {name}; interrupted, the same command resumes it", soft_wrap=True
         )
@@ -140,7 +140,7 @@ class RunCommand:
 def settings_text(config: RunConfig) -> str:
     """Write which settings of a run are not its preset's; of a network the log says more."""
     document = to_json(config)
-    usual = to_json(preset(config.preset))
+    usual = to_json(with_absolute_paths(preset(config.preset)))
     for one in (document, usual):
         del one["model"]["network"]
     changed = named_differences(usual, document)

@@ -8,6 +8,7 @@ from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Self
 
@@ -26,9 +27,9 @@ MAX_NAMED = 20
 MOST_CLASSES = 2**20
 """Labels are below this: each class takes memory in a network."""
 
-MAX_CHECKED, MAX_RARE_CHECKED = 100, 10_000
-"""Most images whose headers are checked when a dataset is opened, and most among whose names files
-of rare kinds are looked for, which are checked too."""
+MAX_CHECKED, MAX_NAMES = 100, 10_000
+"""Most images whose headers are checked when a dataset is opened, as many again of rare kinds, and
+most whose names are looked at for these."""
 
 USUAL_SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".webp"})
 """Of kinds of images that say which value is white."""
@@ -122,7 +123,7 @@ class EncodedImages(ABC):
                 is unknown what value white has.
         """
         self.__getitems__([0])
-        for index in {*self.spread(MAX_CHECKED), *self._rare()}:
+        for index in {*self.spread(MAX_CHECKED), *islice(self._rare(), MAX_CHECKED)}:
             encoded = self.encoded(index)
             header = read_header(encoded)
             if header is not None and header.is_deep:
@@ -133,7 +134,7 @@ class EncodedImages(ABC):
     def _rare(self) -> Iterator[int]:
         """Yield the indices of files of rare kinds among some that are evenly spread."""
         if isinstance(self.encoded(0), Path):
-            for index in self.spread(MAX_RARE_CHECKED):
+            for index in self.spread(MAX_NAMES):
                 if Path(self.name(index)).suffix.lower() not in USUAL_SUFFIXES:
                     yield index
 

@@ -182,7 +182,7 @@ def open_npz(path: Path) -> NpzFile:
         key = next((key for key in LABELS_OF if key in members), None)
         if key is None:
             raise CorruptFileError(
-                f"{path} must hold images in {', '.join(LABELS_OF)}; it holds "
+                f"{path} must hold images in one of {', '.join(LABELS_OF)}; it holds "
                 f"{', '.join(members)}. Save them by numpy.savez(path, images=..., labels=...)."
             )
         with archive.open(members[key]) as file:

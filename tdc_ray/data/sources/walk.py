@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 from tdc_ray.data.sources.image_file import image_suffixes
@@ -88,58 +89,62 @@ def train_folder(root: Path) -> Path | None:
     Raises:
         DataError: The folder cannot be listed, or a link leads to nothing.
     """
-    trail = [root.resolve()]
-    while True:
-        entries = _entries(root, Counter())
-        parts = [n for n, is_folder in entries if is_folder and n.lower() in TRAIN | OTHER_SPLITS]
-        train = [name for name in parts if name.lower() in TRAIN]
-        others = {
-            name: is_folder
-            for name, is_folder in entries
-            if (name.lower() not in TRAIN | OTHER_SPLITS)
-            and (is_folder or Path(name).suffix.lower() in image_suffixes())
-        }
-        if parts or list(others.values()) != [True]:
-            return root / train[0] if len(train) == 1 and not others else None
-        root /= next(iter(others))
-        if _leads_back(root, trail):
-            return None
-        trail.append(root.resolve())
+    folder = _unpacked(root)
+    train, others = _parts(folder), beside_splits(folder)
+    return folder / train[0] if len(train) == 1 and not others else None
 
 
 def split_to_take(root: Path, *, has_classes: bool = False) -> Path | None:
-    """Return the folder ``train`` that images are taken from, where folders are splits.
+    """Return the folder ``train`` that images are taken from, where there are other splits, too.
 
-    Images beside the splits do not count, other than in :func:`train_folder`.
+    Unlike in :func:`train_folder` there may be anything beside them.
 
     Args:
         root: The folder.
         has_classes: Whether it was said that its folders are classes.
 
     Raises:
-        DataError: Folders of other names lie beside the splits, so that all may be classes; or
-            no split is to train on; or a folder cannot be listed.
+        DataError: A folder cannot be listed, or a link leads to nothing.
     """
-    if (train := train_folder(root)) is not None:
+    if (train := train_folder(root)) is not None or has_classes:
         return train
-    if splits := lone_splits(root):
-        raise DataError(
-            f"{root} holds the splits {' and '.join(splits)}, and none to train on, such as "
-            "train. Name the folder of the one to take."
-        )
-    folders = [name for name, is_folder in _entries(root, Counter()) if is_folder]
-    names = [name for name in folders if name.lower() in TRAIN]
-    splits = [name for name in folders if name.lower() in OTHER_SPLITS]
-    if has_classes or len(names) != 1 or not splits:
-        return None
-    if others := [name for name in folders if name not in (*names, *splits)]:
-        raise DataError(
-            f"{root} holds the splits {' and '.join((*names, *splits))}, and beside them "
-            f"{', '.join(others[:3])}{' and others' if len(others) > 3 else ''}. Name the folder "
-            f"to take, such as {root / names[0]}; or, if all of them are classes, set "
-            "--data.labels-from-folders."
-        )
-    return root / names[0]
+    folder = _unpacked(root)
+    names = _parts(folder)
+    return folder / names[0] if len(names) == 1 and _parts(folder, OTHER_SPLITS) else None
+
+
+def beside_splits(folder: Path) -> list[str]:
+    """Return the names of images and folders that are no splits.
+
+    Raises:
+        DataError: The folder cannot be listed, or a link leads to nothing.
+    """
+    return [
+        name
+        for name, is_folder in _entries(folder, Counter())
+        if name.lower() not in TRAIN | OTHER_SPLITS
+        and (is_folder or Path(name).suffix.lower() in image_suffixes())
+    ]
+
+
+def _parts(folder: Path, names: Collection[str] = TRAIN) -> list[str]:
+    """Return the folders in a folder that have one of some names, in lower case."""
+    entries = _entries(folder, Counter())
+    return [name for name, is_folder in entries if is_folder and name.lower() in names]
+
+
+def _unpacked(root: Path) -> Path:
+    """Return the folder itself, or the one below it that is not alone in its folder."""
+    trail = [root.resolve()]
+    while not _parts(root, TRAIN | OTHER_SPLITS):
+        others = beside_splits(root)
+        if len(others) != 1 or not (root / others[0]).is_dir():
+            break
+        root /= others[0]
+        if _leads_back(root, trail):
+            break
+        trail.append(root.resolve())
+    return root
 
 
 def lone_splits(root: Path) -> list[str]:
@@ -198,10 +203,15 @@ def _walk(
             else:
                 left_out[suffix or "without a suffix"] += 1
         elif _leads_back(root / path, trail):
-            logger.warning("%s is left out: it links to a folder that it lies in", root / path)
+            _say_left_out(root / path)
         else:
             below = (*trail, (root / path).resolve())
             yield from _walk(root, f"{path}/", below, suffixes, left_out)
+
+
+@cache  # a folder is walked more than once
+def _say_left_out(path: Path) -> None:
+    logger.warning("%s is left out: it links to a folder that it lies in", path)
 
 
 def _entries(folder: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:

@@ -154,7 +154,7 @@ def test_the_training_images_of_keras_and_medmnist_are_taken(tmp_path, train, te
     [
         (
             {"pixels": random_pixels(2, 8, 8), "y": 1},
-            "must hold images in images, arr_0, .*; it holds",
+            "must hold images in one of images, arr_0, .*; it holds",
         ),
         (
             {"images": np.zeros((2, 8, 8), np.float32)},

@@ -424,7 +424,6 @@ def halved_expert(halved_task) -> Expert:
     return make(halved_task, halving_config())
 
 
-@pytest.mark.slow
 def test_halving_tries_the_better_half_and_chooses_the_lowest_loss_of_it(
     halved_task, halved_expert
 ):
@@ -525,8 +524,7 @@ def test_a_group_that_keeps_the_base_has_nothing_to_halve(tmp_path):
 # --- held-out images -------------------------------------------------------------------------
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("method", ["none", "taylor"])
+@pytest.mark.parametrize("method", ["none", pytest.param("taylor", marks=pytest.mark.slow)])
 def test_no_weight_depends_on_the_images_on_which_losses_are_measured(tmp_path, method):
     config = config_of(method=method)
     kept = make(task_of(make_run_dir(tmp_path / "kept"), config)).search_result.kept
