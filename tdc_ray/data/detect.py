@@ -111,7 +111,8 @@ def train_split(folder: str, *, has_classes: bool) -> str:
     taken, others = train.relative_to(root), beside_splits(train.parent)
     beside = f", and beside them {', '.join(others[:3])}" if others else ""
     more = " and others" if len(others) > 3 else ""
-    hint = " (--data.labels-from-folders takes all folders, as classes)" if others else ""
+    may_be_classes = any((train.parent / name).is_dir() for name in others)
+    hint = " (--data.labels-from-folders takes all folders, as classes)" if may_be_classes else ""
     logger.warning(
         "%s holds splits%s%s: the images of %s are taken%s", folder, beside, more, taken, hint
     )

@@ -18,6 +18,7 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -44,6 +45,9 @@ LABELS_OF: Mapping[str, tuple[str, ...]] = {
 }
 """Names of arrays of images, and of their labels: NumPy's own, ImageNet-64's, Keras', MedMNIST's.
 Of the last two the images to train on are taken."""
+
+TRAINING_IMAGES = ("x_train", "train_images")
+"""Names that tell them from other images in the file."""
 
 BLOCK_BYTES = 2**20
 """How much of a file is unpacked at once."""
@@ -185,6 +189,8 @@ def open_npz(path: Path) -> NpzFile:
                 f"{path} must hold images in one of {', '.join(LABELS_OF)}; it holds "
                 f"{', '.join(members)}. Save them by numpy.savez(path, images=..., labels=...)."
             )
+        if key in TRAINING_IMAGES:
+            _say_taken(path, key)
         with archive.open(members[key]) as file:
             shape, fortran_order, dtype = _read_header(file)
             header_bytes = file.tell()
@@ -201,6 +207,11 @@ def open_npz(path: Path) -> NpzFile:
             if is_rows:
                 labels -= 1  # ImageNet-64 counts from 1
     return NpzFile(path, members[key], header_bytes, stored_shape, is_rows, fortran_order, labels)
+
+
+@cache  # a file is opened more than once
+def _say_taken(path: Path, key: str) -> None:
+    logger.warning("%s: the images of %s are taken, and no others", path, key)
 
 
 def unpack(npz: NpzFile, cache_dir: Path) -> UnpackedNpz:

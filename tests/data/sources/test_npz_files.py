@@ -140,13 +140,14 @@ def test_hidden_npz_files_are_passed_over_and_upper_case_ones_read(tmp_path):
     ("train", "test"),
     [(("x_train", "y_train"), "x_test"), (("train_images", "train_labels"), "test_images")],
 )
-def test_the_training_images_of_keras_and_medmnist_are_taken(tmp_path, train, test):
+def test_the_training_images_of_keras_and_medmnist_are_taken(tmp_path, caplog, train, test):
     pixels, labels = random_pixels(6, 8, 8), np.arange(6)[:, None] % 3
     arrays = dict(zip(train, (pixels, labels), strict=True))
     np.savez(tmp_path / "a.npz", **{test: random_pixels(2, 8, 8)}, **arrays)
     dataset = load_dataset(npz_config(tmp_path / "a.npz"))
     assert (len(dataset), dataset.num_classes) == (6, 3)
     assert dataset.labels.tolist() == [0, 1, 2, 0, 1, 2]
+    assert f"a.npz: the images of {train[0]} are taken" in caplog.text
 
 
 @pytest.mark.parametrize(
