@@ -281,7 +281,7 @@ def test_a_base_that_goes_on_with_a_shorter_ones_training_is_as_if_trained_at_on
     from common import trained_base
 
     shorter = small_config(base={"num_steps": 4, "checkpoint_every": 2})
-    longer = replace(shorter, base=replace(shorter.base, num_steps=8))
+    longer = replace(shorter, base=replace(shorter.base, num_steps=6))
     trained_base(shorter, tmp_path / "shorter", tmp_path / "store")
     gone_on = trained_base(longer, tmp_path / "on", tmp_path / "store", tmp_path / "shorter")
     at_once = trained_base(longer, tmp_path / "once", tmp_path / "other")
