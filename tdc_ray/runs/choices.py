@@ -116,8 +116,9 @@ def with_smaller_network(config: RunConfig, has_room: Callable[[float], bool]) -
     was_asked = model.config is not None or (model.width, model.depth) != (1.0, None)
     if model.architecture != AUTO or was_asked or has_room(1.0):
         return config
-    macs_before = network_structure(base_unet(model, config.conditioning)).macs
-    smaller = {macs: network for macs, network in _family(config).items() if macs < macs_before}
+    network = base_unet(model, config.conditioning)
+    macs_before = network_structure(network).macs
+    smaller = {macs: one for macs, one in _family(config).items() if macs < macs_before}
     if not smaller:
         return config
     fitting = [macs for macs in smaller if has_room(macs / macs_before)]
@@ -125,7 +126,7 @@ def with_smaller_network(config: RunConfig, has_room: Callable[[float], bool]) -
         "--hours %g has no room to train that network: a smaller one is taken (--model.depth %d "
         "keeps it)",
         config.budget.hours,
-        base_unet(model, config.conditioning)["layers_per_block"],
+        network["layers_per_block"],
     )
     return _with_network(config, smaller[max(fitting, default=min(smaller))])
 

@@ -19,7 +19,7 @@ from tdc_ray.config.run import (
     with_absolute_paths,
 )
 from tdc_ray.data.detect import data_config, train_split
-from tdc_ray.data.sources.walk import image_paths, split_to_take
+from tdc_ray.data.sources.walk import image_paths, split_to_take, subfolders
 from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
 from tdc_ray.errors import DataError
 from tdc_ray.storage.object_store import resolve_path
@@ -157,6 +157,8 @@ def _are_classes(root: Path) -> bool:
     for path in image_paths(root):
         folder, below, name = path.partition("/")
         if not below:
+            if not outside and len(subfolders(root)) < 2:  # no need to list a flat folder's rest
+                return False
             outside = outside or path
             continue
         folders.add(folder)

@@ -8,6 +8,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
@@ -89,9 +90,8 @@ def train_folder(root: Path) -> Path | None:
     Raises:
         DataError: The folder cannot be listed, or a link leads to nothing.
     """
-    folder = _unpacked(root)
-    train, others = _parts(folder), beside_splits(folder)
-    return folder / train[0] if len(train) == 1 and not others else None
+    folder, parts = _unpacked(root)
+    return folder / parts.train[0] if len(parts.train) == 1 and not parts.others else None
 
 
 def split_to_take(root: Path, *, has_classes: bool = False) -> Path | None:
@@ -106,11 +106,10 @@ def split_to_take(root: Path, *, has_classes: bool = False) -> Path | None:
     Raises:
         DataError: A folder cannot be listed, or a link leads to nothing.
     """
-    if (train := train_folder(root)) is not None or has_classes:
-        return train
-    folder = _unpacked(root)
-    names = _parts(folder)
-    return folder / names[0] if len(names) == 1 and _parts(folder, OTHER_SPLITS) else None
+    folder, parts = _unpacked(root)
+    if len(parts.train) != 1 or (parts.others and (has_classes or not parts.other_splits)):
+        return None
+    return folder / parts.train[0]
 
 
 def beside_splits(folder: Path) -> list[str]:
@@ -119,32 +118,47 @@ def beside_splits(folder: Path) -> list[str]:
     Raises:
         DataError: The folder cannot be listed, or a link leads to nothing.
     """
-    return [
-        name
-        for name, is_folder in _entries(folder, Counter())
-        if name.lower() not in TRAIN | OTHER_SPLITS
-        and (is_folder or Path(name).suffix.lower() in image_suffixes())
-    ]
+    return list(_parts(folder).others)
 
 
-def _parts(folder: Path, names: Collection[str] = TRAIN) -> list[str]:
-    """Return the folders in a folder that have one of some names, in lower case."""
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What lies in a folder that may hold splits."""
+
+    train: list[str]
+    other_splits: list[str]
+    others: dict[str, bool]
+    """Images and folders of other names, and whether they are folders."""
+
+
+def _parts(folder: Path) -> _Parts:
+    """List a folder once, as it may hold a million images."""
     entries = _entries(folder, Counter())
-    return [name for name, is_folder in entries if is_folder and name.lower() in names]
+    folders = [name for name, is_folder in entries if is_folder]
+    return _Parts(
+        train=[name for name in folders if name.lower() in TRAIN],
+        other_splits=[name for name in folders if name.lower() in OTHER_SPLITS],
+        others={
+            name: is_folder
+            for name, is_folder in entries
+            if name.lower() not in TRAIN | OTHER_SPLITS
+            and (is_folder or Path(name).suffix.lower() in image_suffixes())
+        },
+    )
 
 
-def _unpacked(root: Path) -> Path:
-    """Return the folder itself, or the one below it that is not alone in its folder."""
+def _unpacked(root: Path) -> tuple[Path, _Parts]:
+    """Return the root, or the folder that a chain of lone folders leads to, and its parts."""
     trail = [root.resolve()]
-    while not _parts(root, TRAIN | OTHER_SPLITS):
-        others = beside_splits(root)
-        if len(others) != 1 or not (root / others[0]).is_dir():
-            break
-        root /= others[0]
-        if _leads_back(root, trail):
-            break
+    while True:
+        parts = _parts(root)
+        if parts.train or parts.other_splits or list(parts.others.values()) != [True]:
+            return root, parts
+        below = root / next(iter(parts.others))
+        if _leads_back(below, trail):
+            return root, parts
+        root = below
         trail.append(root.resolve())
-    return root
 
 
 def lone_splits(root: Path) -> list[str]:
