@@ -5,8 +5,9 @@ Choices and defaults are read from the settings; ``--help-all`` is tyro's own he
 
 from collections.abc import Mapping
 from textwrap import wrap
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
+from tdc_ray.cli.flags import owner, taken_by
 from tdc_ray.config.image_size import size_text
 from tdc_ray.config.run import RunConfig
 
@@ -20,12 +21,10 @@ IMAGES = {
     "--data PATH": "your images: folder, file or hub name; base: drawn from --base",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
     "--data.image-size PIXELS": "what images are brought to, such as 64, or 48x64",
-    "--data.num-channels N": "grey or colour",
 }
 MODEL = {
     "--base BASE": "start from a released or saved base, in place of training one",
     "--model.architecture NAME": "network to train where no --base is given",
-    "--conditioning.num-classes N": "classes that the model is conditioned on",
 }
 PLAN = {
     "--plan.num-groups N": "groups of timesteps, an expert for each",
@@ -37,41 +36,36 @@ STEPS = {
     "--base.batch-size N": "images per step of the base",
     "--base.learning-rate RATE": "AdamW's learning rate after the warm-up",
 }
-PRUNING = {
-    "--prune.method NAME": "who proposes what is pruned",
-    "--prune.num-rounds N": "rounds of proposing and measuring, for each group",
-}
+METHOD = {"--prune.method NAME": "who proposes what is pruned"}
+ROUNDS = {"--prune.num-rounds N": "rounds of proposing and measuring, for each group"}
 SAMPLING = {
-    "--sampler.sampler NAME": "how images are drawn",
-    "--sampler.scheduler NAME": "any scheduler of diffusers in its place, or base: the base's own",
+    "--sampler.scheduler NAME": "any scheduler of diffusers; base: the base's own",
     "--sampler.num-inference-steps N": "denoising steps",
-    "--evaluate.num-images N": "images sampled from each model for its score",
-    "--evaluate.features NAME": "features",
     "--compare KIND": "equal-macs also trains the base longer",
 }
-WORKERS = {
-    "--compute.num-actors N": "most workers side by side; default: as many as fit",
-    "--compute.gpus-per-actor N": "GPUs of a worker; fractions share one",
-}
+ACTORS = {"--compute.num-actors N": "most workers side by side; default: as many as fit"}
 SEED = {"--seed N": "seed of everything random"}
+LOGGING = {"--log-to NAME ...": "trackers beside TensorBoard"}
 RUN = {
     "--run-dir DIR": "folder or URI of all results; default: named after the settings",
-    "--store DIR": "cache of results that runs share",
-    "--log-to NAME ...": "trackers beside TensorBoard",
+    **LOGGING,
     "--dry-run": "show settings and plan, check the data, and stop",
 }
-HOURS = {"--hours H": "time that the run may take, which sets the steps"}
+LENGTH = {
+    "--hours H": "time that the run may take, which sets the steps",
+    "--epochs N": "how often the base sees every image, which sets the steps",
+}
 BUDGET = "Compute budget and steps"
 SETTINGS = {
     "Images": IMAGES,
     "Model": MODEL,
     BUDGET: PLAN | STEPS,
-    "Pruning": PRUNING,
+    "Pruning": METHOD,
     "Sampling and scores": SAMPLING,
 }
 
 SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
-    "run": SETTINGS | {BUDGET: HOURS | PLAN | STEPS, "Where it runs": RUN | WORKERS | SEED},
+    "run": SETTINGS | {BUDGET: LENGTH | PLAN | STEPS, "Where it runs": RUN | ACTORS | SEED},
     "sweep": {
         "Search": {
             "--vary FIELD=A,B ...": "what is varied: values, or FIELD=LOW..HIGH (required)",
@@ -84,9 +78,9 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "Where it runs": {
             "--name NAME": "name of the sweep's folder",
             "--storage DIR": "folder or URI that it lies in",
-            "--log-to NAME ...": RUN["--log-to NAME ..."],
+            **LOGGING,
             "--max-concurrent N": "trials at once",
-            **WORKERS,
+            **ACTORS,
         },
     },
     "plan": {
@@ -131,14 +125,14 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         },
         "Model": {"--preset NAME": IMAGES["--preset NAME"], **MODEL},
         BUDGET: PLAN | {"--finetune.num-steps N": STEPS["--finetune.num-steps N"]},
-        "Pruning": PRUNING,
+        "Pruning": METHOD | ROUNDS,
         "Output": {"--json FILE": "where the table goes as JSON"},
     },
     "train-autoencoder": {
         "Images": {
             "--data DATA": "digits, photos, an npz file, or a folder",
             "--data.image-size PIXELS": IMAGES["--data.image-size PIXELS"],
-            "--data.num-channels N": IMAGES["--data.num-channels N"],
+            "--data.num-channels N": "grey or colour",
         },
         "Model": {
             "--block-out-channels N ...": "channels at each resolution",
@@ -171,9 +165,6 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
 FOUND_IN_DATA = ("image_size", "num_channels", "num_classes")
 """Settings of the preset ``images`` that are those of the images."""
 
-ALIASES = {"base": "model.base", "compare": "compare.kind", "hours": "budget.hours"}
-"""Settings that have a short flag."""
-
 
 def summary(command: Any) -> str:
     """Return the first line of a command's description."""
@@ -205,9 +196,11 @@ def short_help(name: str, command: Any) -> str | None:
 
 def _values(flag: str, command: Any) -> str:
     """Write the choices of a flag and its default, if it has one."""
-    owner, name = _owner(flag, command)
-    choices = _choices(get_type_hints(type(owner), include_extras=True)[name])
-    value = getattr(owner, name)
+    found = owner(flag, command)
+    assert found is not None  # SHORT's flags are there
+    holder, name = found
+    taken, value = taken_by(flag, command), getattr(holder, name)
+    choices = f": {', '.join(taken.choices)}" if taken and taken.choices else ""
     default = " ".join(map(str, value)) if isinstance(value, tuple) else value
     if name == "image_size":
         default = size_text(value)
@@ -215,7 +208,7 @@ def _values(flag: str, command: Any) -> str:
     if _are_found(command) and name in FOUND_IN_DATA:
         default = "the images'"
     is_given = has_default and "MISSING" not in repr(value) and value != ()
-    return (f": {', '.join(choices)}" if choices else "") + (f" [{default}]" if is_given else "")
+    return choices + (f" [{default}]" if is_given else "")
 
 
 def _are_found(command: Any) -> bool:
@@ -223,22 +216,3 @@ def _are_found(command: Any) -> bool:
     config = command.config
     is_run = isinstance(config, RunConfig)
     return is_run and config.preset == "images" and config.model.base is None
-
-
-def _owner(flag: str, command: Any) -> tuple[Any, str]:
-    """Return what has the field of a flag, and the field's name."""
-    dotted = flag.strip("-").lower().replace("-", "_")
-    stage, _, name = ALIASES.get(dotted, dotted).rpartition(".")
-    if stage:
-        return getattr(command.config, stage), name
-    flat = [command, *(getattr(command, part, None) for part in ("config", "sweep", "simulation"))]
-    return next(owner for owner in flat if hasattr(owner, name)), name
-
-
-def _choices(hint: Any) -> tuple[str, ...]:
-    """Return the values of a literal type, also of one inside another."""
-    if get_origin(hint) is Literal:
-        flat = (get_args(one) if get_origin(one) is Literal else (one,) for one in get_args(hint))
-        return tuple(str(value) for values in flat for value in values)
-    inner = get_args(hint)[:1] if hasattr(hint, "__metadata__") else get_args(hint)
-    return next((found for one in inner if (found := _choices(one))), ())

@@ -42,6 +42,7 @@ from tdc_ray.cli.commands.simulate import SimulateCommand
 from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
+from tdc_ray.cli.flags import ALIASES, check_values
 from tdc_ray.cli.foreign import FOREIGN
 from tdc_ray.cli.help import SHORT, short_help, summary
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
@@ -126,6 +127,8 @@ def parse(arguments: Sequence[str], *, checks_paths: bool = True) -> Command:
         CheckpointError: The base or the model that is named does not exist, or is malformed.
     """
     _refuse_foreign(arguments)
+    if not _asks_for_help(arguments):
+        check_values(arguments, _commands(preset("digits")).get(next(iter(arguments), "")))
     reading = _first_reading(arguments)
     if not _asks_for_help(arguments):
         _check_sources(reading)
@@ -446,13 +449,23 @@ def _with_checked_settings(
             command = replace(command, **checked)
         except ConfigError as error:
             for problem in error.args:
-                refuse(problem)
+                refuse(_as_flag(problem, arguments))
         else:
             with suppress(TdcError):  # a missing model.config is refused as a path
                 command = _with_own_run_dir(command, arguments)
         if checks_paths:
             command.check_paths()
     return command
+
+
+def _as_flag(problem: str, arguments: Sequence[str]) -> str:
+    """Write an error by the short flag of its setting, if that is the one that was given."""
+    setting, _, rest = problem.partition(" ")
+    flags = _flags(arguments)
+    short = (
+        f"--{name.replace('_', '-')}" for name, dotted in ALIASES.items() if dotted == setting
+    )
+    return next((f"{flag} {rest}" for flag in short if flag in flags), problem)
 
 
 def _checked(values: SimpleNamespace, kind: type[T]) -> T:

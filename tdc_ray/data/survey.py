@@ -121,6 +121,8 @@ def _survey_arrays(data: DataConfig, dataset: ImageDataset) -> Survey:
         width=width,
         is_grey=channels == 1,
         is_deep=False,
+        is_deep_colour=False,
+        is_rgb=True,
         is_turned=False,
         is_transparent=False,
         is_animated=False,
@@ -192,7 +194,8 @@ def _changes(header: Header, shape: Shape) -> dict[str, bool]:
     return {
         "turned upright": header.is_turned,
         "the first of several pictures": header.is_animated,
-        "scaled to 8 bits": header.is_deep,
+        "scaled to 8 bits": header.is_deep or header.is_deep_colour,
+        "converted to RGB": channels == 3 and not header.is_rgb,
         "put on white": header.is_transparent,
         "made grey": channels == 1 and not header.is_grey,
         "grey made colour": channels == 3 and header.is_grey,

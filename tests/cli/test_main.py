@@ -232,6 +232,8 @@ def test_version_is_one_line(capsys):
         (["sweep", "--vary", "k=1", "--max-concurent", "3"], "--max-concurrent"),
         (["prune", ".", "--out", "x", "--mac", "0.5"], "--macs"),
         (["sample", "x", "--num-image", "4"], "--num-images"),
+        (["run", "--prune.method", "tailor"], "got tailor: did you mean taylor?"),
+        (["sweep", "--vary", "k=1", "--log-to", "mlflow", "wandbb"], "did you mean wandb?"),
         (["rum"], "there is no command rum: did you mean run?"),
         (["colour"], "there is no command colour: Commands: run, sweep, plan"),
     ],
@@ -264,6 +266,29 @@ def test_help_is_one_screen_of_flags_that_there_are(name, capsys):
     known = re.findall(r"--[^ ,]+", capsys.readouterr().out)
     named = {flag.split()[0] for flags in SHORT[name].values() for flag in flags}
     assert {flag for flag in named if flag.startswith("--")} <= set(known)
+
+
+def test_the_help_of_a_run_has_some_twenty_flags():
+    assert sum(map(len, SHORT["run"].values())) <= 24
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "--hours", "two"], "--hours must be a number, got two."),
+        (["run", "--hours=-1"], "--hours must be greater than 0, got -1.0."),
+        (["run", "--budget.hours", "-1"], "budget.hours must be greater than 0, got -1.0."),
+        (["run", "--plan.num_groups=1e1"], "--plan.num-groups must be a whole number, got 1e1."),
+        (
+            ["sample", "x", "--num-images", "four"],
+            "--num-images must be a whole number, got four.",
+        ),
+        (["simulate", "--workers", "8", "all"], "--workers must be a whole number, got all."),
+    ],
+)
+def test_a_value_of_another_kind_is_refused_by_its_flag(arguments, message, capsys):
+    assert run_command(arguments) == 1
+    assert capsys.readouterr().err == f"error: {message}\n"
 
 
 def test_help_writes_a_size_as_its_flag_takes_it():

@@ -1,4 +1,6 @@
 import re
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -25,6 +27,20 @@ def save(path, pixels, **options):
     Image.fromarray(pixels).save(path, **options)
 
 
+def png_of_16_bits(pixels):
+    """A PNG of 16 bits a colour, which Pillow does not write."""
+
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    height, width, _ = pixels.shape
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels.astype(np.uint16) * 257)
+    body = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + body
+
+
 def of_sizes(folder, *sizes):
     """Images of these heights and widths, in colour."""
     for index, size in enumerate(sizes):
@@ -43,25 +59,29 @@ def test_what_is_done_to_images_is_counted(tmp_path):
     save(tmp_path / "small-and-turned.jpg", random_pixels(4, 6, 3), exif=exif)
     frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
     frames[0].save(tmp_path / "animated.webp", save_all=True, append_images=frames[1:])
+    Image.new("CMYK", (8, 8)).save(tmp_path / "print.jpg")
+    Image.new("LAB", (8, 8)).save(tmp_path / "lab.tif")
+    (tmp_path / "deep-colour.png").write_bytes(png_of_16_bits(random_pixels(8, 8, 3)))
     for name in ("bad.png", "notes.txt", ".hidden"):
         (tmp_path / name).write_text("no image")
     summary = images_summary(folder_config(tmp_path))
-    assert (summary.num_images, summary.num_looked_at, summary.num_classes) == (8, 8, None)
+    assert (summary.num_images, summary.num_looked_at, summary.num_classes) == (11, 11, None)
     assert summary.shape == (3, 8, 8)
     assert summary.left_out == {".txt": 1, "hidden": 1}
     assert summary.unreadable == ("bad.png",)
     assert summary.changed == {
         "turned upright": 1,
         "the first of several pictures": 1,
-        "scaled to 8 bits": 1,
+        "scaled to 8 bits": 2,
         "put on white": 1,
+        "converted to RGB": 2,
         "grey made colour": 2,
         "enlarged": 1,
         "reduced": 1,
         "cropped to the middle": 2,
     }
     lines = summary_lines("there", summary)
-    assert lines[0] == "8 images in there, read as folder, learnt as 8x8 in colour"
+    assert lines[0] == "11 images in there, read as folder, learnt as 8x8 in colour"
     assert re.fullmatch(r"left out: 1 hidden, 1 \.txt", lines[1])
     assert "2 cropped to the middle" in lines[2]
     assert lines[3].endswith("place: 1, bad.png")

@@ -19,6 +19,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.data.sources.image_file import Encoded, read_header, read_pixels
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import CorruptFileError, DataError
 
 MAX_NAMED = 20
@@ -26,6 +27,9 @@ MAX_NAMED = 20
 
 MOST_CLASSES = 2**20
 """Labels are below this: each class takes memory in a network."""
+
+MAX_CLASSES_NAMED = 10
+"""Most classes without an image that a warning names."""
 
 MAX_CHECKED, MAX_NAMES = 100, 10_000
 """Most images whose headers are checked when a dataset is opened, as many again of rare kinds, and
@@ -205,17 +209,36 @@ def class_labels(values: Sequence[int | str | None], path: Path) -> tuple[Tensor
     missing = sum(value is None or (isinstance(value, int) and value < 0) for value in values)
     if missing:
         if missing < len(values):
-            total = len(values)
-            logger.warning("labels of %s are left out: %d of %d have none", path, missing, total)
+            warn_once(f"labels of {path} are left out: {missing} of {len(values)} have none")
         return torch.full((len(values),), -1), None
     names = sorted({value for value in values if isinstance(value, str)})
     if not names:
         if (largest := max(int(value) for value in values if value is not None)) >= MOST_CLASSES:
             raise DataError(f"labels of {path} must be below {MOST_CLASSES}, got {largest}.")
-        return torch.tensor(values, dtype=torch.int64), largest + 1
+        numbers = torch.tensor(values, dtype=torch.int64)
+        warn_of_empty_classes(numbers, largest + 1, path)
+        return numbers, largest + 1
     if any(isinstance(value, int) for value in values):
         raise DataError(
             f"labels of {path} must be all numbers or all names, got both. Write names alone."
         )
-    numbers = {name: number for number, name in enumerate(names)}
-    return torch.tensor([numbers[str(value)] for value in values]), len(names)
+    number_of = {name: number for number, name in enumerate(names)}
+    return torch.tensor([number_of[str(value)] for value in values]), len(names)
+
+
+def warn_of_empty_classes(labels: Tensor, num_classes: int, path: Path) -> None:
+    """Warn of class numbers that no image has.
+
+    Args:
+        labels: ``(N,)``, from 0 on.
+        num_classes: The largest number plus 1.
+        path: Where the images are.
+    """
+    counts = torch.bincount(labels, minlength=num_classes)
+    if empty := (counts == 0).nonzero()[:, 0].tolist():
+        more = ", ..." if len(empty) > MAX_CLASSES_NAMED else ""
+        warn_once(
+            f"{len(empty)} of {num_classes} classes of {path} have no image: "
+            f"{', '.join(map(str, empty[:MAX_CLASSES_NAMED]))}{more}. Number the classes from 0 "
+            "on without gaps, if the network need not have them"
+        )

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import logging
 import os
 from array import array
 from collections import Counter
@@ -21,12 +20,11 @@ from tdc_ray.data.sources.walk import (
     in_other_split,
     subfolders,
 )
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import DataError
 
 MAX_PROBED = 1000
 """Most images whose headers a fingerprint looks at."""
-
-logger = logging.getLogger(__name__)
 
 
 def open(config: DataConfig) -> "FolderImages":
@@ -134,17 +132,12 @@ def warn_of_others(images: FolderImages) -> None:
     """Warn of the files that are left out."""
     if images.left_out[OTHER_SPLIT]:
         num_others = images.left_out[OTHER_SPLIT]
-        logger.warning(
-            "%d images in %s are left out, being %s", num_others, images.root, OTHER_SPLIT
-        )
+        warn_once(f"{num_others} images in {images.root} are left out, being {OTHER_SPLIT}")
     num_others = sum(count for _, count in _other_kinds(images.left_out))
     if num_others:
-        logger.warning(
-            "%d of %d files in %s are left out, being of kinds that are not read: %s",
-            num_others,
-            len(images) + num_others,
-            images.root,
-            _kinds(images.left_out),
+        warn_once(
+            f"{num_others} of {len(images) + num_others} files in {images.root} are left out, "
+            f"being of kinds that are not read: {_kinds(images.left_out)}"
         )
 
 

@@ -5,6 +5,7 @@ a member of a larger one, such as a tar file.
 """
 
 import contextlib
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ DEEP_MODES = ("I;16", "I;16L", "I;16B", "I;16N", "I", "F")
 
 GREY_MODES = ("1", "L", "LA", "La", *DEEP_MODES)
 """Pillow's names of what has no colours."""
+
+RGB_MODES = ("RGB", "RGBA", "RGBa", "RGBX", "P", "PA")
+"""Pillow's names of what needs no conversion between colour spaces."""
 
 NO_PICTURES = frozenset({"BUFR", "EPS", "GRIB", "HDF5", "MPEG", "WMF"})
 """Formats whose names Pillow knows and whose pixels it cannot decode on its own."""
@@ -74,6 +78,12 @@ class Header:
     is_grey: bool
     is_deep: bool
     """Its grey has more than 8 bits."""
+
+    is_deep_colour: bool
+    """Its colours have more than 8 bits each, of which Pillow reads the upper 8."""
+
+    is_rgb: bool
+    """Its colours, if it has some, are red, green and blue, and not CMYK or Lab."""
 
     is_turned: bool
     """EXIF says that it is shown otherwise than it is stored."""
@@ -155,6 +165,8 @@ def read_header(file: Encoded) -> Header | None:
                 width=image.height if lies else image.width,
                 is_grey=image.mode in GREY_MODES,
                 is_deep=image.mode in DEEP_MODES,
+                is_deep_colour=_is_deep_colour(image),
+                is_rgb=image.mode in (*GREY_MODES, *RGB_MODES),
                 is_turned=orientation != 1,
                 is_transparent=image.has_transparency_data,
                 is_animated=getattr(image, "is_animated", False),
@@ -187,6 +199,13 @@ def stored_shape(file: Encoded) -> tuple[int, int, int]:
 def _opened(file: Encoded) -> Image.Image:
     source = file if isinstance(file, Path) else BytesIO(file.content)
     return Image.open(source, formats=_formats())
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether an image's colours are decoded from 16 bits, which its mode does not say."""
+    # BGR;16, without a byte order, is BMP's 16 bits for all three.
+    is_deep = any(re.search(";16[BLN]", str(tile.args)) for tile in image.tile)
+    return is_deep and image.mode not in GREY_MODES
 
 
 def _orientation(image: Image.Image) -> int:

@@ -16,8 +16,10 @@ from torch import Tensor
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ArrayImages, ImageDataset
 from tdc_ray.data.pixels import resize_all
+from tdc_ray.data.sources.encoded import warn_of_empty_classes
 from tdc_ray.data.sources.npz_files import NpzFile, NpzImages, open_npz, unpack
 from tdc_ray.data.sources.walk import is_hidden
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.storage.object_store import resolve_path
 
@@ -115,17 +117,18 @@ class _Readable:
 
 def _labels(path: Path, files: Sequence[NpzFile]) -> Tensor | None:
     """Join the files' labels; None where an image has none."""
-    labels = [file.labels for file in files if file.labels is not None]
-    if len(labels) < len(files):
-        if labels:
-            logger.warning("labels of %s are left out: some of its files have none", path)
+    known = [file.labels for file in files if file.labels is not None]
+    if len(known) < len(files):
+        if known:
+            warn_once(f"labels of {path} are left out: some of its files have none")
         return None
-    joined = np.concatenate(labels)
+    joined = np.concatenate(known)
     if missing := int((joined < 0).sum()):  # by convention, images without a label have -1
-        total = len(joined)
-        logger.warning("labels of %s are left out: %d of %d are below 0", path, missing, total)
+        warn_once(f"labels of {path} are left out: {missing} of {len(joined)} are below 0")
         return None
-    return torch.from_numpy(joined)
+    labels = torch.from_numpy(joined)
+    warn_of_empty_classes(labels, int(labels.max()) + 1, path)
+    return labels
 
 
 def _natural(path: Path) -> tuple[int, str]:

@@ -18,7 +18,6 @@ import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +31,7 @@ from tdc_ray.config.data import DataConfig
 from tdc_ray.data.dataset import ImageBatch
 from tdc_ray.data.pixels import channels_first, to_size
 from tdc_ray.data.sources.npz_labels import check_type, class_numbers
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import CorruptFileError, DataError
 from tdc_ray.storage.digest import json_digest
 from tdc_ray.storage.files import atomic_path, locked
@@ -190,7 +190,7 @@ def open_npz(path: Path) -> NpzFile:
                 f"{', '.join(members)}. Save them by numpy.savez(path, images=..., labels=...)."
             )
         if key in TRAINING_IMAGES:
-            _say_taken(path, key)
+            warn_once(f"{path}: the images of {key} are taken, and no others")
         with archive.open(members[key]) as file:
             shape, fortran_order, dtype = _read_header(file)
             header_bytes = file.tell()
@@ -207,11 +207,6 @@ def open_npz(path: Path) -> NpzFile:
             if is_rows:
                 labels -= 1  # ImageNet-64 counts from 1
     return NpzFile(path, members[key], header_bytes, stored_shape, is_rows, fortran_order, labels)
-
-
-@cache  # a file is opened more than once
-def _say_taken(path: Path, key: str) -> None:
-    logger.warning("%s: the images of %s are taken, and no others", path, key)
 
 
 def unpack(npz: NpzFile, cache_dir: Path) -> UnpackedNpz:

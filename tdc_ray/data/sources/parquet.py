@@ -5,7 +5,6 @@ row is only available with the hundreds around it, so that the images are copied
 """
 
 import json
-import logging
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 
 from tdc_ray.config.data import DataConfig
 from tdc_ray.data.sources.shards import Entry, ShardImages, list_shards
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import CorruptFileError, DataError
 
 SUFFIX = ".parquet"
@@ -26,8 +26,6 @@ WITHOUT_BYTES = "rows without an image's bytes"
 
 BATCH_ROWS = 64
 """Rows that are in memory at once."""
-
-logger = logging.getLogger(__name__)
 
 
 def open(config: DataConfig) -> ShardImages:
@@ -119,10 +117,9 @@ def columns(schema: Any, path: Path | str) -> tuple[str, str | None]:
     if not labels:
         labels = [name for name, kind in declared.items() if kind == "ClassLabel"]
         if len(labels) > 1:
-            logger.warning(
-                "columns %s of %s are left out: which is the label? Name it label",
-                " and ".join(labels),
-                path,
+            warn_once(
+                f"columns {' and '.join(labels)} of {path} are left out: which is the label? Name "
+                "it label"
             )
             return named[0], None
     for name in labels:
@@ -131,7 +128,7 @@ def columns(schema: Any, path: Path | str) -> tuple[str, str | None]:
         is_number = types.is_integer(value) or types.is_boolean(value)
         if is_number or types.is_string(value) or types.is_large_string(value):
             return named[0], name
-        logger.warning("column %s of %s is no label: its type is %s", name, path, kind)
+        warn_once(f"column {name} of {path} is no label: its type is {kind}")
     return named[0], None
 
 
@@ -144,7 +141,7 @@ def caption_column(schema: Any, path: Path | str) -> str | None:
             kind = schema.field(name).type
             if types.is_string(kind) or types.is_large_string(kind):
                 return name
-            logger.warning("column %s of %s is no caption: its type is %s", name, path, kind)
+            warn_once(f"column {name} of {path} is no caption: its type is {kind}")
     return None
 
 

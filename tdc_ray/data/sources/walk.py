@@ -3,16 +3,15 @@
 Of data sets that are split, as those on the Hugging Face hub are, the part to train on is taken.
 """
 
-import logging
 import os
 import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 from tdc_ray.data.sources.image_file import image_suffixes
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import DataError
 
 OF_SYSTEMS = frozenset(
@@ -39,8 +38,6 @@ OTHER_SPLITS = frozenset(
     {"test", "testing", "val", "valid", "validation", "dev", "eval", "evaluation"}
 )
 """Words in names of files and folders that tell the parts of a data set."""
-
-logger = logging.getLogger(__name__)
 
 
 def is_hidden(name: str) -> bool:
@@ -217,15 +214,10 @@ def _walk(
             else:
                 left_out[suffix or "without a suffix"] += 1
         elif _leads_back(root / path, trail):
-            _say_left_out(root / path)
+            warn_once(f"{root / path} is left out: it links to a folder that it lies in")
         else:
             below = (*trail, (root / path).resolve())
             yield from _walk(root, f"{path}/", below, suffixes, left_out)
-
-
-@cache  # a folder is walked more than once
-def _say_left_out(path: Path) -> None:
-    logger.warning("%s is left out: it links to a folder that it lies in", path)
 
 
 def _entries(folder: Path, left_out: Counter[str]) -> list[tuple[str, bool]]:

@@ -1,7 +1,6 @@
 """WebDataset: tar files in which neighbours of one name are a sample, such as a.jpg and a.cls."""
 
 import json
-import logging
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
@@ -12,6 +11,7 @@ from tdc_ray.data.sources.image_file import image_suffixes
 from tdc_ray.data.sources.imagefolder import Label
 from tdc_ray.data.sources.shards import Entry, ShardImages, list_shards
 from tdc_ray.data.sources.walk import HIDDEN, is_hidden
+from tdc_ray.data.sources.warn import warn_once
 from tdc_ray.errors import CorruptFileError, DataError
 
 SUFFIX = ".tar"
@@ -26,8 +26,6 @@ MAX_TEXT_BYTES = 2**20
 
 FURTHER = "another image of its sample"
 """Reason why an image is left out."""
-
-logger = logging.getLogger(__name__)
 
 
 def open(config: DataConfig) -> ShardImages:
@@ -48,13 +46,11 @@ def list_images(config: DataConfig) -> ShardImages:
     """
     images = list_shards(config, SUFFIX, entries)
     if num_further := images.left_out[FURTHER]:
-        logger.warning(
-            "%d images of %s are left out, %d are taken: of the images of a sample the first is, "
-            "and a sample's name ends at its first dot (a of a.1.png). If each is a sample of its "
-            "own, write the tar file with other characters for these dots (a-1.png)",
-            num_further,
-            images.root,
-            len(images),
+        warn_once(
+            f"{num_further} images of {images.root} are left out, {len(images)} are taken: of the "
+            "images of a sample the first is, and a sample's name ends at its first dot (a of "
+            "a.1.png). If each is a sample of its own, write the tar file with other characters "
+            "for these dots (a-1.png)"
         )
     return images
 

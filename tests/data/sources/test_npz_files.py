@@ -127,6 +127,16 @@ def test_labels_below_0_are_left_out_with_a_warning(tmp_path, caplog):
     assert caplog.messages == [f"labels of {tmp_path}/a.npz are left out: 1 of 3 are below 0"]
 
 
+def test_classes_without_an_image_are_named_once(tmp_path, caplog):
+    path = tmp_path / "a.npz"
+    np.savez(path, images=random_pixels(3, 8, 8), labels=np.array([1, 4, 1]))
+    for _ in range(2):
+        load_dataset.cache_clear()
+        assert load_dataset(npz_config(path)).num_classes == 5
+    (message,) = caplog.messages
+    assert message.startswith(f"3 of 5 classes of {path} have no image: 0, 2, 3. Number ")
+
+
 def test_hidden_npz_files_are_passed_over_and_upper_case_ones_read(tmp_path):
     np.savez(tmp_path / "2.npz", images=random_pixels(3, 8, 8))
     (tmp_path / "2.npz").rename(tmp_path / "1.NPZ")
@@ -304,7 +314,8 @@ def test_a_corrupt_npz_file_of_several_is_named_and_left_out(tmp_path, caplog, d
     assert np.array_equal(images[:4, ..., 0], random_pixels(4, 8, 8, seed=1))
     assert np.array_equal(images[4:, ..., 0], random_pixels(4, 8, 8, seed=3))
     assert labels == [10, 11, 12, 13, 30, 31, 32, 33]
-    (warning,) = caplog.messages
+    warning, empty_classes = caplog.messages
+    assert empty_classes.startswith("26 of 34 classes")
     assert str(tmp_path / "2.npz") in warning
     assert warning.endswith("Its images are left out.")
 

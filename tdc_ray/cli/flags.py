@@ -1,0 +1,154 @@
+"""What flags stand for and take; words that they do not take are refused here.
+
+tyro would refuse them in Python's types, and without the choice that is meant.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from tdc_ray.config.validation import errors_together, refuse
+
+NUMBERS = {int: "a whole number", float: "a number"}
+
+
+ALIASES = {
+    "base": "model.base",
+    "compare": "compare.kind",
+    "hours": "budget.hours",
+    "train_macs": "budget.train_macs",
+    "epochs": "budget.epochs",
+}
+"""Settings that have a short flag."""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """What the values of a flag may be."""
+
+    words: tuple[str, ...] = ()
+    numbers: tuple[type[int] | type[float], ...] = ()
+    are_many: bool = False
+    """Whether the flag takes several."""
+
+    def takes(self, text: str) -> bool:
+        """Whether a word is one of the values."""
+        return text in self.words or any(_is_number(text, kind) for kind in self.numbers)
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The words that stand for something."""
+        return tuple(word for word in self.words if word != "None")
+
+    def __str__(self) -> str:
+        some = [f"one of {', '.join(self.choices)}"] if self.choices else []
+        return " or ".join([*(NUMBERS[kind] for kind in self.numbers), *some])
+
+
+def check_values(arguments: Sequence[str], command: Any) -> None:
+    """Refuse values of flags that are none of the choices, or no numbers.
+
+    What flags take in other forms, and flags that there are not, are left to tyro.
+
+    Args:
+        arguments: The command line.
+        command: The command that is named, with any settings.
+
+    Raises:
+        ConfigError: There is one.
+    """
+    with errors_together():
+        for flag, values in _given(arguments):
+            taken = taken_by(flag, command)
+            if taken is None or not (taken.words or taken.numbers):
+                continue
+            for value in values if taken.are_many else values[:1]:
+                if not taken.takes(value):
+                    near = get_close_matches(value, taken.choices, n=1)
+                    hint = f": did you mean {near[0]}?" if near else "."
+                    refuse(f"{flag} must be {taken}, got {value}{hint}")
+
+
+def _given(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
+    """Yield every flag, as it is documented, with the words up to the next one."""
+    flag, values = "", list[str]()
+    for argument in [*arguments[1:], "--"]:
+        if argument.startswith("--"):
+            if flag:
+                yield flag, values
+            name, has_value, value = argument.partition("=")
+            flag, values = name.replace("_", "-"), [value] if has_value else []
+        else:
+            values.append(argument)
+
+
+def taken_by(flag: str, command: Any) -> Taken | None:
+    """Return what a flag takes; None where there is no such flag, or it takes other things."""
+    found = owner(flag, command)
+    if found is None:
+        return None
+    holder, name = found
+    return _taken(get_type_hints(type(holder), include_extras=True)[name])
+
+
+def owner(flag: str, command: Any) -> tuple[Any, str] | None:
+    """Return what has the field of a flag, and the field's name; None where there is no such flag.
+
+    Args:
+        flag: The flag, or a positional argument in capitals.
+        command: The command that has it.
+    """
+    dotted = flag.strip("-").lower().replace("-", "_")
+    stage, _, name = ALIASES.get(dotted, dotted).rpartition(".")
+    config = getattr(command, "config", None)
+    holders = (
+        [getattr(config, stage, None)]
+        if stage
+        else [command, config, *(getattr(command, part, None) for part in ("sweep", "simulation"))]
+    )
+    return next(((one, name) for one in holders if name in _fields(one)), None)
+
+
+def _fields(holder: Any) -> Mapping[str, Any]:
+    """Return the fields of a dataclass, by name; of anything else none."""
+    return getattr(type(holder), "__dataclass_fields__", {})
+
+
+def _taken(hint: Any) -> Taken | None:
+    """Return what a type takes; None where these are not only choices and numbers."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        is_own = any(type(one).__name__ == "PrimitiveConstructorSpec" for one in inner[1:])
+        return None if is_own else _taken(inner[0])
+    if origin is Literal:
+        return _together(_taken(one) if get_origin(one) else Taken((str(one),)) for one in inner)
+    if origin in (Union, UnionType):
+        return _together(map(_taken, inner))
+    if origin is tuple and inner[1:] == (...,):
+        one = _taken(inner[0])
+        return None if one is None else Taken(one.words, one.numbers, are_many=True)
+    if hint is NoneType:
+        return Taken(("None",))
+    return Taken(numbers=(hint,)) if hint in NUMBERS else None
+
+
+def _together(parts: Iterable[Taken | None]) -> Taken | None:
+    """Return what is taken by any of several types; None where one takes other things."""
+    words, numbers, are_many = list[str](), list[Any](), False
+    for part in parts:
+        if part is None:
+            return None
+        words += part.words
+        numbers += part.numbers
+        are_many |= part.are_many
+    return Taken(tuple(words), tuple(numbers), are_many)
+
+
+def _is_number(text: str, kind: type[int] | type[float]) -> bool:
+    try:
+        kind(text)
+    except ValueError:
+        return False
+    return True
