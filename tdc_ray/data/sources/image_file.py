@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import ExifTags, Image, ImageOps, PngImagePlugin, TiffImagePlugin
+from PIL import ExifTags, Image, ImageFile, ImageOps, PngImagePlugin, TiffImagePlugin
 
 from tdc_ray.errors import CorruptFileError, DataError
 
@@ -204,7 +204,8 @@ def _opened(file: Encoded) -> Image.Image:
 def _is_deep_colour(image: Image.Image) -> bool:
     """Whether an image's colours are decoded from 16 bits, which its mode does not say."""
     # BGR;16, without a byte order, is BMP's 16 bits for all three.
-    is_deep = any(re.search(";16[BLN]", str(tile.args)) for tile in image.tile)
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    is_deep = any(re.search(";16[BLN]", str(tile.args)) for tile in tiles)
     return is_deep and image.mode not in GREY_MODES
 
 
