@@ -10,7 +10,7 @@ with the slope's 95 % interval for independent errors), the first tenth left out
 up. Finished items are not run again, so that the same command goes on after an interruption; the
 line is fitted to the driver with the most samples.
 
-Hardware and hours: ten minutes on 2 CPU cores. The paper has no such table.
+Hardware and hours: four minutes on 2 CPU cores. The paper has no such table.
 """
 
 import secrets

@@ -9,10 +9,11 @@ from difflib import get_close_matches
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tyro.constructors import PrimitiveConstructorSpec
+
 from tdc_ray.config.validation import errors_together, refuse
 
 NUMBERS = {int: "a whole number", float: "a number"}
-
 
 ALIASES = {
     "base": "model.base",
@@ -120,8 +121,8 @@ def _taken(hint: Any) -> Taken | None:
     """Return what a type takes; None where these are not only choices and numbers."""
     origin, inner = get_origin(hint), get_args(hint)
     if origin is Annotated:
-        is_own = any(type(one).__name__ == "PrimitiveConstructorSpec" for one in inner[1:])
-        return None if is_own else _taken(inner[0])
+        has_own_form = any(isinstance(one, PrimitiveConstructorSpec) for one in inner[1:])
+        return None if has_own_form else _taken(inner[0])
     if origin is Literal:
         return _together(_taken(one) if get_origin(one) else Taken((str(one),)) for one in inner)
     if origin in (Union, UnionType):
