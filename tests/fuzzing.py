@@ -41,11 +41,15 @@ def refusal(read: Callable[[Path], object], path: Path) -> TdcError | None:
 
 
 def check_reading(
-    read: Callable[[Path], object], path: Path, counts: Counts, max_growth: int = MAX_GROWTH
+    read: Callable[[Path], object],
+    path: Path,
+    counts: Counts,
+    max_growth: int = MAX_GROWTH,
+    max_cpu_seconds: float = MAX_CPU_SECONDS,
 ) -> None:
     """Check that a file is read or refused, soon and in little memory."""
     before = reset_peak()
-    with limited_cpu_time():
+    with limited_cpu_time(max_cpu_seconds):
         error = refusal(read, path)
     growth = peak_bytes() - before
     if error is None:
@@ -77,14 +81,14 @@ def recorded(kind: str, contents: Mapping[Path, bytes]) -> Iterator[Counts]:
 
 
 @contextmanager
-def limited_cpu_time() -> Iterator[None]:
-    """Fail a block that computes for longer than ``MAX_CPU_SECONDS``."""
+def limited_cpu_time(seconds: float) -> Iterator[None]:
+    """Fail a block that computes for longer than some seconds."""
 
     def fail(_number: int, _frame: object) -> None:
-        pytest.fail(f"a file took more than {MAX_CPU_SECONDS:g} s")
+        pytest.fail(f"a file took more than {seconds:g} s")
 
     before = signal.signal(signal.SIGPROF, fail)
-    signal.setitimer(signal.ITIMER_PROF, MAX_CPU_SECONDS)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
