@@ -3,6 +3,7 @@
 tyro would refuse them in Python's types, and without the choice that is meant.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -149,7 +150,6 @@ def _together(parts: Iterable[Taken | None]) -> Taken | None:
 
 def _is_number(text: str, kind: type[int] | type[float]) -> bool:
     try:
-        kind(text)
+        return math.isfinite(kind(text))
     except ValueError:
         return False
-    return True
