@@ -4,7 +4,7 @@ What a preset, a base, a model or a run says of its settings are the defaults of
 arguments are read twice: at first for what decides the defaults, with no check of the rest.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
 from difflib import get_close_matches
@@ -126,9 +126,19 @@ def parse(arguments: Sequence[str], *, checks_paths: bool = True) -> Command:
         ConfigError: A setting is out of its range, or two settings disagree, or a path is missing.
         CheckpointError: The base or the model that is named does not exist, or is malformed.
     """
-    _refuse_foreign(arguments)
+    try:
+        return _parsed(arguments, checks_paths=checks_paths)
+    except ConfigError as error:
+        error.args = tuple(_as_flag(problem, arguments) for problem in error.args)
+        raise
+
+
+def _parsed(arguments: Sequence[str], *, checks_paths: bool) -> Command:
+    """Return the command of a command line; errors have the settings' own names."""
+    known = _commands(preset("digits"))
+    _refuse_foreign(arguments, known)
     if not _asks_for_help(arguments):
-        check_values(arguments, _commands(preset("digits")).get(next(iter(arguments), "")))
+        check_values(arguments, known.get(next(iter(arguments), "")))
     reading = _first_reading(arguments)
     if not _asks_for_help(arguments):
         _check_sources(reading)
@@ -215,13 +225,17 @@ def help_text(arguments: Sequence[str]) -> str | None:
     return short_help(arguments[0], _commands(defaults)[arguments[0]])
 
 
-def _refuse_foreign(arguments: Sequence[str]) -> None:
+def _refuse_foreign(arguments: Sequence[str], commands: Mapping[str, Command]) -> None:
     """Refuse a command that there is not, and flags that other tools have, by the right ones.
+
+    Args:
+        arguments: The command line.
+        commands: All commands, by name, with any settings.
 
     Raises:
         ConfigError: There is one.
     """
-    name, commands = next(iter(arguments), "-"), _commands(preset("digits"))
+    name = next(iter(arguments), "-")
     if name not in commands and not name.startswith("-"):
         close = get_close_matches(name, commands, n=1)
         hint = f"did you mean {close[0]}? " if close else ""
@@ -449,7 +463,7 @@ def _with_checked_settings(
             command = replace(command, **checked)
         except ConfigError as error:
             for problem in error.args:
-                refuse(_as_flag(problem, arguments))
+                refuse(problem)
         else:
             with suppress(TdcError):  # a missing model.config is refused as a path
                 command = _with_own_run_dir(command, arguments)

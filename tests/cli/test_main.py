@@ -278,6 +278,10 @@ def test_the_help_of_a_run_has_some_twenty_flags():
         (["run", "--hours", "two"], "--hours must be a number, got two."),
         (["run", "--hours", "inf"], "--hours must be a number, got inf."),
         (["run", "--hours=-1"], "--hours must be greater than 0, got -1.0."),
+        (
+            ["run", "--data", "digits", "--epochs", "0"],
+            "--epochs must be greater than 0, got 0.0.",
+        ),
         (["run", "--budget.hours", "-1"], "budget.hours must be greater than 0, got -1.0."),
         (["run", "--plan.num_groups=1e1"], "--plan.num-groups must be a whole number, got 1e1."),
         (
