@@ -21,6 +21,7 @@ IMAGES = {
     "--data PATH": "your images: folder, file or hub name; base: drawn from --base",
     "--preset NAME": "settings to start from; tdc-ray --help lists them",
     "--data.image-size PIXELS": "what images are brought to, such as 64, or 48x64",
+    "--data.num-channels N": "grey or colour",
 }
 MODEL = {
     "--base BASE": "start from a released or saved base, in place of training one",
@@ -132,7 +133,7 @@ SHORT: Mapping[str, Mapping[str, Mapping[str, str]]] = {
         "Images": {
             "--data DATA": "digits, photos, an npz file, or a folder",
             "--data.image-size PIXELS": IMAGES["--data.image-size PIXELS"],
-            "--data.num-channels N": "grey or colour",
+            "--data.num-channels N": IMAGES["--data.num-channels N"],
         },
         "Model": {
             "--block-out-channels N ...": "channels at each resolution",

@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 def main() -> None:
     """Run the command line and exit."""
     handle_interrupts(_say_interrupted)
-    code = 1
+    code, is_output_lost = 1, False
     try:
         if sys.stdout is None or sys.stderr is None:  # closed by >&-
             _replace_closed_streams()
@@ -35,9 +35,9 @@ def main() -> None:
         for stream in (sys.stdout, sys.stderr):
             stream.flush()
     except BrokenPipeError:  # what reads the output, such as head, has enough
-        code = BROKEN_PIPE
+        code, is_output_lost = BROKEN_PIPE, True
     except OSError as error:  # the output's disk is full
-        code = _fail(error, verbose=False)
+        code, is_output_lost = _fail(error, verbose=False), True
     except KeyboardInterrupt:
         code = INTERRUPTED
         if received_signal() is None:
@@ -47,8 +47,8 @@ def main() -> None:
         if (number := received_signal()) is not None:
             # Whatever it was turned into on its way; and libraries that it cut crash as they end.
             os._exit(128 + number)
-    if code == BROKEN_PIPE:
-        for stream in (sys.stdout, sys.stderr):  # what they hold back is lost
+    if is_output_lost:
+        for stream in (sys.stdout, sys.stderr):  # else Python, at its end, fails to write the rest
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)
 

@@ -19,7 +19,7 @@ def send(number=signal.SIGINT):
 
 
 def outcome(code: str) -> tuple[int, list[str]]:
-    command = [sys.executable, "-c", START + code]
+    command = [sys.executable, "-u", "-c", START + code]  # os._exit leaves what is held back
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stdout.split() + done.stderr.splitlines()[-1:]
 

@@ -157,7 +157,7 @@ def test_a_score_against_them_has_a_name_of_its_own(unet, tmp_path):
         ("run --data.source base", "name it by --base"),
         (
             "run --preset digits-smoke --base {base} --data base --compare equal-macs",
-            "kind must be none",
+            "--compare must be none",
         ),
         (
             "run --preset ddpm-cifar10 --base {base} --data base --evaluate.reference cifar10",
