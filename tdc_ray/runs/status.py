@@ -9,7 +9,6 @@ from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.errors import StorageError
 from tdc_ray.execution.item import load_result
 from tdc_ray.execution.timeline import History, Span, WorkerUsage, load_history, usage
-from tdc_ray.pruning.group import group_name
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.runs.results import Results, load_results
 from tdc_ray.runs.stages.base_result import STEP_FILE, BaseResult
@@ -104,7 +103,7 @@ def status(run_dir: RunDir) -> RunStatus:
     history = load_history(run_dir.timeline)
     entries = MemoryBank(run_dir.memory).all()
     plan = plan_groups(config.diffusion, config.plan, config.sampler, check_start=False)
-    groups = {group_name(group) for group in plan.groups}
+    groups = {group.name for group in plan.groups}
     return RunStatus(
         config=config,
         driver=lease_holder(run_dir.root),
@@ -146,7 +145,7 @@ def _group(
         num_candidates=len(group_entries),
         best_loss=_best_loss(group_entries),
         loss_finetuned=tuned[0]["loss_finetuned"] if tuned else None,
-        failed=history.failed.get(group_name(group)),
+        failed=history.failed.get(group.name),
     )
 
 
