@@ -33,7 +33,9 @@ images that no choice but that oracle's was made by, on two draws of noise: the 
 square distance from the base's prediction, with Student's 95 % interval of the difference from the
 offline proxy over the images of all seeds, the noise of each averaged before.
 
-Hardware and hours: HOURS
+Hardware and hours: `digits` at most half an hour a seed and setting on a free CPU core (as
+reckoned from single measurements, each of about a second), nearly all of it the oracles, in
+proportion to `--num-known`; interrupted, it resumes.
 
 The paper has no such table.
 """
