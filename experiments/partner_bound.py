@@ -77,10 +77,11 @@ MAX_TRIES = 50
 """Changes that a partner suggests in a round, at most."""
 
 NUM_TRUE, NUM_JUDGED = 512, 4096
-"""Noised images that an oracle's knowledge, and the judgement, rest on. The first of the
-latter are the verdict's, which the oracle of the judge knows, the others the fresh noise."""
+"""Noised images that an oracle's knowledge, and the judgement, rest on."""
 
 VERDICT_SHARE = 0.25
+"""Of the judged: the first, which are the verdict's, and which the oracle of the judge knows. The
+others are the fresh noise."""
 
 SMOKE_IMAGES = 64
 
