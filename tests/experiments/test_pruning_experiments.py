@@ -2,6 +2,7 @@ import csv
 import importlib
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -73,8 +74,10 @@ def run_with_model(name: str, server: Server, storage: Path, monkeypatch) -> Pat
     command += ["--proxy", "llm", "--llm.base-url", server.url]
     command += ["--llm.price-per-million-prompt-tokens", "5"]
     monkeypatch.setattr(sys, "argv", command)
+    folder = storage / f"{name}-digits-smoke-llm"
+    shutil.rmtree(folder, ignore_errors=True)  # of a rerun, whose server had another port
     experiment.main(common.parse_flags(experiment.__doc__, common.ProxyFlags))
-    return storage / f"{name}-digits-smoke-llm"
+    return folder
 
 
 @pytest.mark.slow
