@@ -47,6 +47,10 @@ def test_planning_and_looking_at_runs_import_no_framework(module):
     assert not found & FRAMEWORKS
 
 
+def test_what_meets_an_interrupt_is_imported_before_all_else():
+    assert not packages_after_importing("tdc_ray.cli.main") & {"ctypes", "logging", "pydantic"}
+
+
 def test_sampling_from_a_finished_run_imports_no_ray():
     found = packages_after_importing("tdc_ray.diffusion.pipeline")
     assert {"torch", "diffusers"} <= found

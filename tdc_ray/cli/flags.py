@@ -6,6 +6,7 @@ tyro would refuse them in Python's types, and without the choice that is meant.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
@@ -67,10 +68,10 @@ def check_values(arguments: Sequence[str], command: Any) -> None:
     with errors_together():
         for flag, values in _given(arguments):
             taken = taken_by(flag, command)
+            if not values and _needs_value(flag, command):
+                refuse(f"{flag} must be {taken or 'given a value'}, got nothing.")
             if taken is None or not (taken.words or taken.numbers):
                 continue
-            if taken.is_repeated and not values:
-                refuse(f"{flag} must be {taken}, got nothing.")
             for value in values if taken.are_many else values[:1]:
                 if not taken.takes(value):
                     refuse(f"{flag} must be {taken}, got {value}{meant(value, taken.choices)}")
@@ -96,6 +97,18 @@ def taken_by(flag: str, command: Any) -> Taken | None:
         return None
     holder, name = found
     return _taken(get_type_hints(type(holder), include_extras=True)[name])
+
+
+def _needs_value(flag: str, command: Any) -> bool:
+    """Whether a flag cannot stand alone, as far as that is known."""
+    found = owner(flag, command)
+    if found is None:
+        return False
+    taken = taken_by(flag, command)
+    if taken is not None:
+        return taken.is_repeated or (not taken.are_many and bool(taken.words or taken.numbers))
+    hint = _hints(found[0])[found[1]]
+    return set(get_args(hint) or [hint]) <= {str, Path, NoneType}
 
 
 def owner(flag: str, command: Any) -> tuple[Any, str] | None:

@@ -3,14 +3,10 @@
 All else is imported inside the functions, so that Ctrl-C meets ``main`` from the start on.
 """
 
-import logging
 import os
 import signal
 import sys
 from collections.abc import Sequence
-
-from tdc_ray.errors import TdcError
-from tdc_ray.execution.interrupts import handle_interrupts, ignore_interrupts, received_signal
 
 BROKEN_PIPE = 141
 """Exit code of a command whose output is no longer read, as of one that SIGPIPE ends."""
@@ -21,11 +17,12 @@ INTERRUPTED = 130
 RESUMABLE = ("run", "sweep", "prune", "train-autoencoder")
 """Commands that resume."""
 
-logger = logging.getLogger(__name__)
-
 
 def main() -> None:
     """Run the command line and exit."""
+    signal.signal(signal.SIGINT, _end_at_once)  # until all is imported that a better way takes
+    from tdc_ray.execution.interrupts import handle_interrupts, ignore_interrupts, received_signal
+
     handle_interrupts(_say_interrupted)
     code, is_output_lost = 1, False
     try:
@@ -53,6 +50,13 @@ def main() -> None:
     sys.exit(code)
 
 
+def _end_at_once(number: int, frame: object) -> None:
+    """End as Ctrl-C ends a command that has done nothing yet."""
+    del number, frame
+    os.write(2, b"interrupted\n")
+    os._exit(INTERRUPTED)
+
+
 def _say_interrupted(number: int) -> None:
     """Print in a line, in a signal's handler, what is kept and how to resume."""
     word = "interrupted" if number == signal.SIGINT else "terminated"
@@ -69,6 +73,8 @@ def run_command(arguments: Sequence[str]) -> int:
     """Run one command line; return the exit code: 0, 1 for an error, 130 for an interrupt."""
     from tdc_ray.cli.output import PlainConsole, configure_logging
     from tdc_ray.cli.parse import help_text, parse
+    from tdc_ray.errors import TdcError
+    from tdc_ray.execution.interrupts import received_signal
     from tdc_ray.storage.provenance import versions
 
     console = PlainConsole()
@@ -110,12 +116,15 @@ def _replace_closed_streams() -> None:
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: PTH123, SIM115
 
 
-def _fail(error: TdcError | OSError, *, verbose: bool) -> int:
+def _fail(error: Exception, *, verbose: bool) -> int:
+    import logging
+
     from tdc_ray.cli.output import PlainConsole
+    from tdc_ray.execution.interrupts import received_signal
 
     if received_signal() is not None:  # that is why
         return INTERRUPTED
     if verbose:
-        logger.error("", exc_info=error)
+        logging.getLogger(__name__).error("", exc_info=error)
     PlainConsole(stderr=True).print(f"error: {error}", soft_wrap=True, highlight=False)
     return 1

@@ -30,12 +30,14 @@ NEAR = 0.75
 
 
 def check_command(arguments: Sequence[str], commands: Collection[str]) -> None:
-    """Refuse a command that there is not.
+    """Refuse a command, or a flag without one, that there is not.
 
     Raises:
         ConfigError: It is named.
     """
     name = next(iter(arguments), "-")
+    if name.startswith("--") and not name.startswith("--help"):
+        raise ConfigError(f"tdc-ray has no flag {name}{meant(name, ['--help', '--version'])}")
     if name not in commands and not name.startswith("-"):
         hint = meant(name, commands)
         raise ConfigError(f"there is no command {name}{hint} Commands: {', '.join(commands)}.")

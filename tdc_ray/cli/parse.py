@@ -141,7 +141,7 @@ def _parsed(arguments: Sequence[str], *, checks_paths: bool) -> Command:
         check_values(arguments, named)
     reading = _first_reading(arguments)
     if not _asks_for_help(arguments):
-        _check_sources(reading)
+        _check_sources(reading, checks_paths=checks_paths)
     commands = _commands(_defaults(arguments, reading))
     flags = ["--help" if argument == HELP_ALL else argument for argument in arguments]
     command: Command
@@ -163,13 +163,15 @@ def _parsed(arguments: Sequence[str], *, checks_paths: bool) -> Command:
     return _with_own_run_dir(command, arguments)
 
 
-def _check_sources(command: Any) -> None:
+def _check_sources(command: Any, *, checks_paths: bool) -> None:
     """Refuse images, a base or a model that are not there, with all other paths that are not.
 
-    What the settings are by default follows from them, so that the settings are not checked.
+    What the settings are by default follows from them, so that the settings are not checked. And
+    to look at images takes long, which no misspelt path is to wait for.
 
     Args:
         command: What ``_first_reading`` returned.
+        checks_paths: Whether all other paths are looked for in any case.
 
     Raises:
         ConfigError: One does not exist.
@@ -182,7 +184,7 @@ def _check_sources(command: Any) -> None:
             found += [check_input(command.model_dir, MODEL)]
         elif base := getattr(command, "source", None) or command.config.model.base:
             found += [check_base(base)]
-        if not all(found):
+        if checks_paths or not all(found):
             command.check_paths()
 
 

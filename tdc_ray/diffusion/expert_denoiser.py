@@ -4,6 +4,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, Self, cast
 
@@ -95,6 +96,13 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
             raise ConfigError(
                 f"spans and kept must have one entry for each expert, got {len(experts)} experts, "
                 f"{len(spans)} spans and {len(kept or spans)} of kept."
+            )
+        if any(first > last for first, last in spans) or any(
+            before[1] >= after[0] for before, after in pairwise(sorted(spans))
+        ):
+            raise ConfigError(
+                "spans must be first and last timestep of each expert, without an overlap, got "
+                f"{list(spans)}."
             )
         self._signature = inspect.signature(type(experts[0]).forward)
         if "timestep" not in self._signature.parameters:
@@ -281,6 +289,10 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         for name, value in options.items():
             if value and name not in _LOADING:
                 raise ConfigError(f"from_pretrained of experts has no option {name}.")
+        if torch_dtype not in (None, "auto") and not isinstance(torch_dtype, torch.dtype):
+            raise ConfigError(
+                f"torch_dtype must be None, auto or a torch.dtype, got {torch_dtype!r}."
+            )
         folder = resolve_path(path) / (subfolder or "")
         if not exists(folder):
             raise CheckpointError(

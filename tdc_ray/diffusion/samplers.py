@@ -47,6 +47,9 @@ SETTING_OF = {
 EDM_SCHEDULERS = ("EDMEulerScheduler", "EDMDPMSolverMultistepScheduler")
 """Classes of diffusers for networks with EDM's preconditioning; their timesteps are c_noise."""
 
+OTHER_SIGMAS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
+"""Settings of a diffusers scheduler that space its sigmas otherwise than by timesteps."""
+
 NEEDED = {
     "timestep_type": "discrete",
 }
@@ -367,6 +370,7 @@ def _flow_scheduler(diffusion: DiffusionConfig, sampler: SamplerConfig) -> "Sche
         scheduler, trial = kind(**arguments), kind(**arguments)
     _check_prediction(trial, diffusion.prediction_type, sampler.num_inference_steps)
     _check_steps(scheduler, diffusion, sampler)
+    _check_flow_sigmas(trial, kind)
     return scheduler
 
 
@@ -461,6 +465,11 @@ def _class_of(sampler: SamplerConfig) -> Any:
             f"sampler.scheduler must be a scheduler of diffusers, got {name}: {hint}Such are "
             "DDIMScheduler, EulerDiscreteScheduler and UniPCMultistepScheduler."
         )
+    if "Inverse" in name:
+        raise ConfigError(
+            f"sampler.scheduler {name} goes from an image to noise, and must go from noise to the "
+            f"image. Use {name.replace('Inverse', '')}."
+        )
     return kind
 
 
@@ -494,6 +503,10 @@ def _asked(kind: Any, sampler: SamplerConfig) -> dict[str, Any]:
         setting, _, text = option.partition("=")
         if setting in SETTING_OF:
             raise ConfigError(f"sampler.options cannot set {setting}: {SETTING_OF[setting]} does.")
+        if setting in asked:
+            raise ConfigError(
+                f"sampler.options {option} sets what {asked[setting][0]} has set. Leave one out."
+            )
         asked[setting] = f"sampler.options {option}", _value(text)
     taken, name = inspect.signature(kind).parameters, kind.__name__
     for setting, (flag, value) in asked.items():
@@ -545,9 +558,10 @@ def _check_prediction(trial: "SchedulerMixin", predicts: PredictionType, num_ste
     generator, x_t = torch.Generator().manual_seed(0), torch.zeros(1, 1, 1, 1)
     takes = inspect.signature(trial.step).parameters
     noise = {"generator": generator} if "generator" in takes else {}
+    other = "FlowMatchEulerDiscrete" if predicts == "flow_prediction" else "DDIM"
     with _refused_by(
         f"sampler.scheduler {type(trial).__name__} cannot sample a network that predicts "
-        f"{predicts}, use DDIMScheduler, for example"
+        f"{predicts} with these settings, use {other}Scheduler, for example"
     ):
         trial.step(x_t, trial.timesteps[0], x_t, **noise)
 
@@ -589,6 +603,26 @@ def _check_steps(
         )
 
 
+def _check_flow_sigmas(trial: "SchedulerMixin", kind: Any) -> None:
+    """Check that a scheduler that is set goes from noise to the image by sigmas of rectified flow.
+
+    Raises:
+        ConfigError: It does not: other spacings of sigmas are for betas, whose sigmas have no end.
+    """
+    spacings = [name for name in OTHER_SIGMAS if trial.config.get(name)]
+    if spacings and not is_flow_class(kind):
+        raise ConfigError(
+            f"sampler.scheduler {kind.__name__} with {spacings[0]} spaces sigmas of betas, and "
+            "rectified flow has none. Leave that out, or use FlowMatchEulerDiscreteScheduler."
+        )
+    first, *_, last = trial.sigmas.tolist()
+    if not 0 <= last < first <= 1:
+        raise ConfigError(
+            f"sampler.scheduler {kind.__name__} must go from noise to the image, from a sigma of "
+            f"at most 1 to 0, got {first:.3g} to {last:.3g}. Use another."
+        )
+
+
 def _check_noise(scheduler: "SchedulerMixin", process: NoiseProcess) -> None:
     """Check that a scheduler keeps to the noise process that the network was trained on.
 
@@ -611,6 +645,6 @@ def _refused_by(what: str) -> Iterator[None]:
     """Turn what diffusers raises for settings that disagree into one error."""
     try:
         yield
-    except (ImportError, NotImplementedError, TypeError, ValueError) as error:
+    except (ImportError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise ConfigError(f"{what}: {reason}") from error

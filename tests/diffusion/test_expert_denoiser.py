@@ -405,6 +405,9 @@ def test_experts_must_go_together():
     wider = random_unet({**TINY, "block_out_channels": (16, 48)})
     with pytest.raises(ConfigError, match="one config, got several block_out_channels"):
         ExpertDenoiser([unet, wider], SPANS[:2])
+    for overlapping in ([(0, 500), (500, 999)], [(400, 0), (401, 999)]):
+        with pytest.raises(ConfigError, match="spans must be first and last timestep of each"):
+            ExpertDenoiser([unet, unet], overlapping)
     with pytest.raises(ConfigError, match="must take a timestep, got a AutoencoderKL"):
         ExpertDenoiser([autoencoder()], SPANS[:1])
 
@@ -439,6 +442,8 @@ def test_only_folders_that_exist_are_loaded_and_only_with_options_that_count(tmp
         ExpertDenoiser.from_pretrained("owner/name")
     with pytest.raises(ConfigError, match="no option device_map"):
         ExpertDenoiser.from_pretrained(tmp_path, device_map="auto", low_cpu_mem_usage=True)
+    with pytest.raises(ConfigError, match=r"a torch\.dtype, got 'float16'"):
+        ExpertDenoiser.from_pretrained(tmp_path, torch_dtype="float16")
 
 
 def test_no_class_of_diffusers_takes_the_folder_for_its_own(tmp_path):

@@ -15,7 +15,7 @@ from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion.expert_set import ExpertSet
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.plan import plan_groups
-from tdc_ray.diffusion.samplers import EDM_SCHEDULERS, make_scheduler
+from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.diffusion.sampling import image_generators
 from tdc_ray.diffusion.schedule import NoiseProcess, as_seen
 from tdc_ray.errors import ConfigError
@@ -23,6 +23,7 @@ from tests.small import assert_same, random_unet
 
 LINEAR = DiffusionConfig()
 EDM = DiffusionConfig(sigma_data=0.5)
+RECTIFIED_FLOW = DiffusionConfig(prediction_type="flow_prediction")
 STEPS = 5
 
 FLOW = "it is for flow matching"
@@ -74,6 +75,20 @@ EDM_SAMPLED = [
         options=("algorithm_type=sde-dpmsolver++", "rho=5"),
     ),
 ]
+FLOW_SAMPLED = [
+    SamplerConfig(scheduler=name)
+    for name in (
+        "DEISMultistepScheduler",
+        "DPMSolverMultistepScheduler",
+        "DPMSolverSinglestepScheduler",
+        "FlowMapEulerDiscreteScheduler",
+        "FlowMatchEulerDiscreteScheduler",
+        "FlowMatchHeunDiscreteScheduler",
+        "FlowMatchLCMScheduler",
+        "SASolverScheduler",
+        "UniPCMultistepScheduler",
+    )
+]
 SPACED = [
     SamplerConfig(spacing="trailing"),
     SamplerConfig(sampler="dpmsolver++", spacing="linspace"),
@@ -108,21 +123,29 @@ def loop_of_diffusers(unet, scheduler: SchedulerMixin, count: int) -> torch.Tens
     generators = image_generators(0, 0, count)
     x = torch.cat([torch.randn(1, 1, 8, 8, generator=one) for one in generators])
     scheduler.set_timesteps(STEPS)
-    x = x * scheduler.init_noise_sigma
+    x = x * getattr(scheduler, "init_noise_sigma", 1.0)  # rectified flow has none, and no scale
+    scaled = getattr(scheduler, "scale_model_input", lambda x, _: x)
     known = inspect.signature(scheduler.step).parameters
     more = {"eta": 0.0, "generator": generators}
     more = {name: value for name, value in more.items() if name in known}
     for t in scheduler.timesteps:
-        output = unet(scheduler.scale_model_input(x, t), t).sample
+        output = unet(scaled(x, t), t).sample
         x = scheduler.step(output, t, x, **more).prev_sample
     return x
 
 
 @pytest.mark.filterwarnings("ignore:__array_wrap__")  # NumPy's, of KDPM2's and DEIS's own code
-@pytest.mark.parametrize("how", [*SAMPLED, *SPACED, *EDM_SAMPLED], ids=lambda how: how.name)
-def test_copies_of_the_base_draw_the_images_that_the_loop_of_diffusers_draws(how):
+@pytest.mark.parametrize(
+    ("diffusion", "how"),
+    [
+        *((LINEAR, how) for how in [*SAMPLED, *SPACED]),
+        *((EDM, how) for how in EDM_SAMPLED),
+        *((RECTIFIED_FLOW, how) for how in FLOW_SAMPLED),
+    ],
+    ids=lambda one: one.name if isinstance(one, SamplerConfig) else "",
+)
+def test_copies_of_the_base_draw_the_images_that_the_loop_of_diffusers_draws(diffusion, how):
     how = replace(how, num_inference_steps=STEPS, use_clipped_model_output=False)
-    diffusion = EDM if how.scheduler in EDM_SCHEDULERS else LINEAR
     plan = plan_groups(diffusion, PlanConfig(num_groups=4), how)
     unet, scheduler = random_unet(), make_scheduler(diffusion, how)
     expected = loop_of_diffusers(unet, make_scheduler(diffusion, how), count=2)
@@ -148,3 +171,36 @@ def test_schedulers_for_other_networks_are_refused(name):
     how = SamplerConfig(scheduler=name, num_inference_steps=STEPS)
     with pytest.raises(ConfigError, match=rf"{name}|must go from noise"):
         plan_groups(LINEAR, PlanConfig(num_groups=4), how)
+
+
+NOT_FOR_FLOW = sorted(set(NAMES) - {how.scheduler for how in FLOW_SAMPLED})
+
+
+@pytest.mark.filterwarnings("ignore:__array_wrap__")  # NumPy's, of Helios's own code
+@pytest.mark.parametrize("name", NOT_FOR_FLOW)
+def test_other_schedulers_are_refused_for_rectified_flow(name):
+    how = SamplerConfig(scheduler=name, num_inference_steps=STEPS)
+    with pytest.raises(ConfigError, match=name):
+        plan_groups(RECTIFIED_FLOW, PlanConfig(num_groups=4), how)
+
+
+@pytest.mark.parametrize("setting", ["use_karras_sigmas", "use_exponential_sigmas"])
+def test_sigmas_of_betas_are_refused_for_rectified_flow(setting):
+    options = (f"{setting}=true",) if setting != "use_karras_sigmas" else ()
+    how = SamplerConfig(
+        scheduler="UniPCMultistepScheduler", karras_sigmas=not options, options=options
+    )
+    with pytest.raises(ConfigError, match=f"with {setting} spaces sigmas of betas"):
+        make_scheduler(RECTIFIED_FLOW, how)
+
+
+def test_a_flow_without_noise_is_refused():
+    how = SamplerConfig(scheduler="FlowMatchEulerDiscreteScheduler", options=("shift=0",))
+    with pytest.raises(ConfigError, match="FlowMatchEulerDiscreteScheduler cannot"):
+        make_scheduler(RECTIFIED_FLOW, how)
+
+
+def test_a_setting_that_is_set_twice_is_refused():
+    twice = replace(SPACED[2], options=("use_karras_sigmas=false",))
+    with pytest.raises(ConfigError, match=r"sets what sampler\.karras_sigmas has set"):
+        make_scheduler(LINEAR, twice)

@@ -167,6 +167,8 @@ def load_experts(folder: str | Path) -> Experts:
         base = base_of(resolve_base(display_path(run_dir.root)), config)
         plan = _PLAN.validate_python(read_json(run_dir.plan))
         return Experts(base, plan, groups, base.config, run_dir.experts)
+    if not is_remote(root) and not root.exists():
+        raise CheckpointError(f"{root} does not exist.")
     raise CheckpointError(
         f"{display_path(root)} holds no experts and their base: neither {EXPERTS_FILE}, of "
         f"save_pretrained, nor {run_dir.results.name}, of a finished run, is there. "

@@ -11,6 +11,7 @@ from ray.actor import ActorHandle
 from ray.exceptions import RayActorError
 
 from tdc_ray.execution.events import EventSink, Sinks, listening
+from tdc_ray.execution.interrupts import received_signal
 from tdc_ray.execution.ray.cluster import actor_here
 
 SECONDS_BETWEEN_FETCHES = 0.5
@@ -55,6 +56,8 @@ class EventCollector(Sinks):
             events: list[object] = ray.get(self._buffer.drain.remote())
         except RayActorError:
             self._failures += 1
+            if received_signal() is not None:  # it ends with all else
+                return
             if self._failures == 1:
                 logger.warning("the event buffer died; it starts again, what it held is lost")
             elif self._failures == FAILURES_UNTIL_WARNING:

@@ -66,7 +66,7 @@ class SanaSettings(TransformerSettings):
     guidance_embeds: Literal[False] = False
     guidance_embeds_scale: float = 0.1
     qk_norm: None = None
-    timestep_scale: float = 1.0
+    timestep_scale: Annotated[float, Field(ge=1, le=1)] = 1.0
 
 
 def _units(sana: SanaSettings) -> Iterator[Unit]:

@@ -78,9 +78,13 @@ def _other_sampling(
             is_usual = False
         if not is_usual and value != ours.get(setting, ...):
             other[setting] = value
-    if is_same and not other:
+    # Other samplers have no such step of their own.
+    clips = is_same and name == "DDIMScheduler" and ours["clip_sample"] and sampler.clips_epsilon
+    if is_same and not other and not clips:
         return None
     here = {setting: ours[setting] for setting in other if setting in ours}
+    if clips:  # which diffusers' pipelines are asked for at each call
+        here["use_clipped_model_output"] = True
     if ours.get("use_karras_sigmas"):  # which space the timesteps
         here = {"use_karras_sigmas": True} | here
         here.pop("timestep_spacing", None)

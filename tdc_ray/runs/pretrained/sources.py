@@ -635,15 +635,21 @@ def _from_hub(name: str) -> tuple[str, Path]:
     if hub is None:
         raise CheckpointError(f"{name} does not exist, and is no name on the hub (OWNER/NAME).")
     try:
+        left_out = ["*.fp16*", "*non_ema*", "safety_checker/*"]
         downloaded = Path(
             snapshot_download(
                 hub.repository,
                 revision=hub.revision,
-                allow_patterns=["*.json", "*.safetensors", "tokenizer*/*"],
-                ignore_patterns=["*.fp16*", "*non_ema*", "safety_checker/*"],
+                allow_patterns=["*.json", "tokenizer*/*"],
+                ignore_patterns=left_out,
             )
         )
         commit = downloaded.name
+        # Beside a pipeline's folders the same weights may lie in one file, of many GB.
+        weights = "*/*.safetensors" if exists(downloaded / "model_index.json") else "*.safetensors"
+        snapshot_download(
+            hub.repository, revision=commit, allow_patterns=[weights], ignore_patterns=left_out
+        )
         networks = [path.parent for path in downloaded.rglob("config.json")]
         lacking = [
             (network.relative_to(downloaded) / "*model*").as_posix()  # of a text encoder, too

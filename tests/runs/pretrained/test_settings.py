@@ -506,6 +506,12 @@ def test_nothing_is_said_where_a_run_samples_as_the_pipeline(tmp_path):
     ddpm = replace(CONFIG.sampler, sampler="ddpm")
     (note,) = base_notes(large, CONFIG.diffusion, ddpm)
     assert "a run by ddpm (variance_type fixed_small)" in note
+    clipping = resolve_base(save_pipeline(tmp_path / "c", DDIMScheduler()))
+    config = apply_settings(clipping.settings, CONFIG, with_data=True)
+    (note,) = base_notes(clipping, config.diffusion, config.sampler)
+    assert "samples by DDIMScheduler, a run by ddim (use_clipped_model_output True): its" in note
+    as_theirs = replace(config.sampler, use_clipped_model_output=False)
+    assert base_notes(clipping, config.diffusion, as_theirs) == []
     plain = resolve_base(save_pipeline(tmp_path / "r", DDPMScheduler(clip_sample=False)))
     config = apply_settings(plain.settings, CONFIG, with_data=True)
     (note,) = base_notes(plain, config.diffusion, config.sampler)
@@ -593,6 +599,7 @@ def test_variants_are_downloaded_of_networks_that_have_nothing_else(tmp_path, mo
     )
     make_first_stage(tmp_path / "remote/vae")
     (tmp_path / "remote/vae" / weights).touch()
+    (tmp_path / "remote/v1-5-pruned.safetensors").touch()  # the whole pipeline in one file
 
     def download(_name, *, revision, **patterns):
         assert revision in {None, "local"}
@@ -606,6 +613,7 @@ def test_variants_are_downloaded_of_networks_that_have_nothing_else(tmp_path, mo
     monkeypatch.setattr("tdc_ray.runs.pretrained.sources.snapshot_download", download)
     check_weights(resolve_base("owner/name"))
     assert not (tmp_path / "local/vae" / weights).exists()
+    assert not (tmp_path / "local/v1-5-pruned.safetensors").exists()
 
 
 def test_a_size_that_the_levels_cannot_halve_is_refused_before_work(tmp_path):
