@@ -184,8 +184,14 @@ def _check_sources(command: Any, *, checks_paths: bool) -> None:
             found += [check_input(command.model_dir, MODEL)]
         elif base := getattr(command, "source", None) or command.config.model.base:
             found += [check_base(base)]
-        if checks_paths or not all(found):
+        if not all(found) or (checks_paths and not _may_be_finished(command)):
             command.check_paths()
+
+
+def _may_be_finished(command: Any) -> bool:
+    """Whether a run of own images may be finished in the folder that it is to find out."""
+    is_named = not isinstance(command, RunCommand) or command.run_dir is not None
+    return not is_named and any(Path("runs").glob("images-*/results.json"))
 
 
 def _check_budget(command: Command, arguments: Sequence[str]) -> None:
