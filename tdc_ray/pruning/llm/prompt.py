@@ -387,7 +387,7 @@ def _legend(request: ProposalRequest, planner: Planner) -> str:
 
 
 def _heat(request: ProposalRequest) -> str:
-    """Write what proposed schemes are measured on, and what decides where that is the first heat."""
+    """Write what proposed schemes are measured on, and what decides after that."""
 
     def images(share: float) -> str:
         refit = round(share * request.num_refit_images)
