@@ -199,7 +199,7 @@ def scripted(partner: Partner, seed: int) -> Proxy:
         for _ in range(MAX_TRIES if partner in IGNORANT.values() else ORACLE_TRIES):
             if not round_.left:
                 return
-            planner = Planner(round_.request, [*round_.memory, *round_.measured])
+            planner = Planner(round_.request, round_.memory)
             planned = planner.plan(partner(round_, planner, draw))
             if planner.objection(planned) is None:
                 yield from round_.measure([Proposal("llm", planned.scheme)])

@@ -35,7 +35,7 @@ class MemoryEntry(Ranked):
 
     source: str
     """Who proposed it: ``offline``, ``llm``, ``llm/repaired`` where some of the language model's
-    changes did not count, or a score and its use, such as ``taylor/global``."""
+    changes did not count in full, or a score and its use, such as ``taylor/global``."""
 
     widths: Mapping[str, int]
     """The scheme."""

@@ -72,9 +72,11 @@ width: the knapsack's. next down, next up: the next legal width: what it adds to
 factor: measured over predicted cost of the unit, as far as this group's measurements tell.
 best of group: the unit's width in the best measured scheme of this and the nearest other groups.
 predicted: {predicted}.{scale}
-  Its ± is assumed, not measured: {spread:.0%} of what a unit costs, less for units of which the
-  group's measurements tell something, and for a scheme {error:.0%} of the whole besides.
-measured: {measured}, by which schemes are ranked, on {heat}.
+  In the lists of measured schemes it is what was predicted before each was measured.
+  Its ± is assumed, not measured: {spread:g} % of what a unit costs, less for units of which the
+  group's measurements tell something, and for a scheme {error:g} % of the whole besides.
+measured: {measured},
+  by which schemes are ranked, on {heat}.
   Its ± is the standard error over the images. All schemes of a group have the same images, so
   differences between them are known better than that.
 images: how many noised images a scheme was measured on, and which draw of them.
@@ -103,8 +105,8 @@ OTHER_QUANTITY = """
   but how the two compare; what is predicted after that is scaled to what is measured."""
 
 DECIDES = """\
-  That is the first heat of a race: what decides is measured anew, of the best of yours and of the
-  others', on {images}"""
+  That is the first heat of a race: the best of yours and of the others' are measured anew, on
+  {images}, which decides"""
 
 MEASURED = """
 # Measured schemes of this group, oldest first
@@ -363,9 +365,9 @@ def _legend(request: ProposalRequest, planner: Planner) -> str:
     space, scale = request.space, planner.predictor.scale
     points = planner.points(planner.start.scheme)
     measured = DISTANCE if request.num_refit_images else LOSS
-    predicted, other = f"{measured}, by a quadratic model of the loss, from gradients", ""
+    predicted, other = f"{measured},\n  by a quadratic model of the loss, from gradients", ""
     if request.model is None:
-        predicted = f"{LOSS}, measured with each unit cut alone, and added up"
+        predicted = f"{LOSS},\n  measured with each unit cut alone, and added up"
         other = OTHER_QUANTITY if measured != LOSS else ""
     return LEGEND.format(
         name=WORDS[space.quantity],
@@ -380,8 +382,8 @@ def _legend(request: ProposalRequest, planner: Planner) -> str:
             if scale != 1
             else "\n  No measurement has corrected them yet."
         ),
-        spread=FACTOR_SPREAD,
-        error=PREDICTION_ERROR,
+        spread=100 * FACTOR_SPREAD,
+        error=100 * PREDICTION_ERROR,
         blocks="; ".join(f"{name}: {share:.4g}" for name, share in points.items()),
     )
 

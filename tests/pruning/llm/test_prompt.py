@@ -130,8 +130,8 @@ def test_distances_have_a_standard_error_of_their_own():
 def test_what_measured_rests_on_and_what_decides_is_said():
     first = content(num_images=512, num_refit_images=1024, images_share=0.25)
     assert "on 128 noised images after a refit from 256." in first
-    assert "first heat of a race: what decides is measured anew" in first
-    assert "on 512 noised images after a refit from 1024.\n" in first
+    assert "first heat of a race: the best of yours and of the others" in first
+    assert "on\n  512 noised images after a refit from 1024, which decides.\n" in first
     final = content(num_images=512, num_refit_images=0)
     assert "ranked, on 512 noised images.\n" in final
     assert "first heat" not in final
@@ -140,7 +140,7 @@ def test_what_measured_rests_on_and_what_decides_is_said():
 @pytest.mark.parametrize("memory", [(), MEMORY], ids=["nothing measured", "corrected"])
 def test_the_error_of_a_prediction_is_always_called_assumed(memory):
     text = content(memory)
-    assert "Its ± is assumed, not measured: 30% of what a unit costs" in text
+    assert "Its ± is assumed, not measured: 30 % of what a unit costs" in text
     assert ("No measurement has corrected them yet" in text) is not memory
 
 
@@ -169,8 +169,8 @@ def test_the_quantities_that_are_predicted_and_measured_are_said(
     changes, predicted, measured, differ
 ):
     text = content(**changes)
-    assert f"\npredicted: {predicted}, " in text
-    assert f"\nmeasured: {measured}, by which schemes are ranked" in text
+    assert f"\npredicted: {predicted},\n" in text
+    assert f"\nmeasured: {measured},\n  by which schemes are ranked" in text
     assert ("That is another quantity than the measured one." in text) is differ
 
 
