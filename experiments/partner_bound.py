@@ -6,34 +6,46 @@
 A base is pruned to 0.7 F by partners that answer as a language model does, with changes of the
 knapsack's scheme, and have as many schemes measured as the offline proxy has, beside its own. So
 what they gain is held against the offline proxy alone, behind which no search by a partner may
-end, and against the offline proxy with twice the measurements: as many as both. They follow a
-script:
+end, and against "offline, twice the measurements": the offline proxy in the partner's place, which
+sees what a partner sees and has as many measurements and as many finalists. They follow a script:
 
 - `random` pins units a step beside the knapsack's.
 - `greedy` exchanges the steps that the table of predicted costs would exchange next.
 - `nonsense` says anything: bounds, factors and moves of units and blocks, some of which there are.
-- `oracle` adds the pin that brings the prediction closest to the base's, which it measures for
-  free on the images that finalists are chosen by, with noise of its own.
-- `oracle of the judge` adds the pin that lowers the loss most on the very images that all are
-  judged on: what it gains there is more than any partner can.
+- `oracle` knows for free how far every scheme's prediction is from the base's on the images that
+  finalists are chosen by, with noise of its own.
+- `oracle of the judge` knows for free every scheme's loss on the very images and noise of the
+  verdict.
 
-A search chooses among what was measured as it always does; the rows "its own choice" take of each
-oracle the scheme that it knows to be its best instead. All are judged on images that no choice but
-the last oracle's was made by: the loss and the mean square distance from the base's prediction,
-with Student's 95 % interval of the difference from the offline proxy over the images of all seeds,
-the noise of each averaged before.
+In every round an oracle starts at the best scheme that it knows, one of the offline proxy's at
+first, and takes a change that is better by what it knows, again and again, the likeliest by the
+predictions first: a step of one unit narrower or wider, or a step of one exchanged for a step of
+another, whereupon the knapsack fits the other units to the limit. It ends where none of the some
+300 changes is better, or after `--num-known` schemes, which the record says. Then it has the best
+schemes measured that it knows, so that all of its measurements are spent. That is no proof of the
+least loss there is: what no such change leads to may be better still.
 
-Hardware and hours: `digits` about a quarter of an hour a seed and setting on a CPU core, nearly
-all of it the oracles.
+A search chooses among what was measured as it always does. The rows "its own choice" take of each
+oracle the scheme that it knows to be its best instead. That of the judge's bounds from above what
+a partner can gain in the verdict, as far as such a search reaches, for its choice fits the
+verdict's noise, too; fresh noise of the same images shows what is left of that. All are judged on
+images that no choice but that oracle's was made by, on two draws of noise: the loss and the mean
+square distance from the base's prediction, with Student's 95 % interval of the difference from the
+offline proxy over the images of all seeds, the noise of each averaged before.
+
+Hardware and hours: `digits` at most half an hour a seed and setting on a free CPU core (as
+reckoned from single measurements, each of about a second), nearly all of it the oracles, in
+proportion to `--num-known`; interrupted, it resumes.
 
 The paper has no such table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import permutations
 from pathlib import Path
 from statistics import mean
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import numpy as np
 from common import Flags, base_of, claim, commits_of, parse_flags
@@ -48,21 +60,28 @@ from tdc_ray.pruning.changes import Bound, Change, Distrust, Move, Planner
 from tdc_ray.pruning.criteria.scores import select_top
 from tdc_ray.pruning.fingerprint import IMAGES_VERSION
 from tdc_ray.pruning.group import GroupSearch
-from tdc_ray.pruning.loaded_base import Measured, load_base, measure, prune_and_refit
+from tdc_ray.pruning.knapsack import step_worth
+from tdc_ray.pruning.loaded_base import LoadedBase, load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.noised import Purpose, noised_indices, run_all
-from tdc_ray.pruning.proxies.offline import offline_proxy
-from tdc_ray.pruning.proxy import Proposal, Proxy, Round
+from tdc_ray.pruning.predictor import Predictor
+from tdc_ray.pruning.proxies.offline import offline_proxy, propose_offline
+from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Proxy, Round
 from tdc_ray.pruning.result import SearchCost, SearchResult
 from tdc_ray.pruning.search import search_submodel
+from tdc_ray.pruning.space import Scheme, Values, fit_to_limit
 from tdc_ray.runs.stages.paired_losses import difference_of, mean_by_image
 from tdc_ray.storage.files import append_json_line, read_json_lines
 
-MAX_TRIES, ORACLE_TRIES = 50, 3
+MAX_TRIES = 50
 """Changes that a partner suggests in a round, at most."""
 
 NUM_TRUE, NUM_JUDGED = 512, 4096
 """Noised images that an oracle's knowledge, and the judgement, rest on."""
+
+VERDICT_SHARE = 0.25
+"""Of the judged: the first, which are the verdict's, and which the oracle of the judge knows. The
+others are the fresh noise."""
 
 SMOKE_IMAGES = 64
 
@@ -78,6 +97,9 @@ Partner = Callable[[Round, Planner, np.random.Generator], Change]
 Knowledge = Callable[[KeptIndices], float]
 """What an oracle knows of a sub-model: lower is better."""
 
+Value = Callable[[LoadedBase, KeptIndices], float]
+"""How it comes to know that."""
+
 
 @dataclass(frozen=True)
 class Found:
@@ -86,6 +108,8 @@ class Found:
     by_image: ByImage
     """The loss above the base's and the distance of every judged image: ``(2, images)``."""
     num_measured: int
+    notes: list[str]
+    """What oracles say of their search."""
     rank: float | None
     """By which finalists are chosen, on held-out images and noise: the lowest wins."""
 
@@ -100,6 +124,8 @@ class PartnerFlags(Flags):
     """Rounds of a search."""
     num_candidates: int = 3
     """Measurements of a round."""
+    num_known: int = 250
+    """Schemes that an oracle may come to know in a round."""
     partners: tuple[PartnerName, ...] = get_args(PartnerName)
     """Which partners; the oracles take nearly all of the time."""
 
@@ -164,30 +190,101 @@ IGNORANT: Mapping[PartnerName, Partner] = {
 }
 
 
-def all_knowing(known: Knowledge) -> Partner:
-    """Return the partner that adds the pin after which it knows the scheme to be best."""
-    pins: list[Bound] = []
+def offline_again(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
+    """Have measured what the offline proxy proposes next, in the place of a partner."""
+    del search, cost
+    schemes = propose_offline(round_.request, round_.memory)
+    yield from round_.measure([Proposal("llm", scheme) for scheme in schemes])
 
-    def suggest(round_: Round, planner: Planner, draw: np.random.Generator) -> Change:
-        del draw
-        space, scores = round_.request.space, round_.request.scores
 
-        def value(bounds: list[Bound]) -> float:
-            scheme = planner.plan(Change(bounds=bounds)).scheme
-            return known(select_top(space.units, scores, scheme))
+def distance_held_out(base: LoadedBase, kept: KeptIndices) -> float:
+    """Return the distance that finalists are chosen by."""
+    network, batches = prune_and_refit(base, kept).network, base.batches("held-out")
+    found = run_all([base.network, network], batches, base.schedule, "fp32")
+    return float(found.distances[1].mean())
 
-        current = planner.plan(Change(bounds=pins)).scheme
-        options = [pins]
-        for number, unit in enumerate(space.units):
-            for step in (space.next_narrower, space.next_wider):
-                width = step(unit.name, current[unit.name])
-                if width != current[unit.name]:
-                    others = [bound for bound in pins if bound.unit != number]
-                    options.append([*others, Bound(unit=number, least=width, most=width)])
-        pins[:] = min(options, key=value)
-        return Change(bounds=list(pins))
 
-    return suggest
+def loss_of_verdict(base: LoadedBase, kept: KeptIndices) -> float:
+    """Return the loss on the images and noise of the verdict."""
+    network, batches = prune_and_refit(base, kept).network, base.batches("judge", VERDICT_SHARE)
+    return float(run_all([network], batches, base.schedule, "fp32").losses[0].mean())
+
+
+KNOWING: Mapping[PartnerName, tuple[Purpose, Value]] = {
+    "oracle": ("held-out", distance_held_out),
+    "oracle of the judge": ("judge", loss_of_verdict),
+}
+
+
+def exchanged(
+    request: ProposalRequest, scheme: Scheme, worth: Values, giving: str | None, taking: str | None
+) -> Scheme:
+    """Narrow a unit and widen another by a step each, and fit the others to the limit.
+
+    Args:
+        request: The space and the limit.
+        scheme: What is changed.
+        worth: Value of every step, by which the others are fitted.
+        giving: The unit that gets narrower, if any.
+        taking: The one that gets wider, if any.
+
+    Returns:
+        The scheme itself where that is not possible.
+    """
+    space, pins = request.space, dict[str, int]()
+    for name, step in ((giving, space.next_narrower), (taking, space.next_wider)):
+        if name is not None:
+            pins[name] = step(name, scheme[name])
+    legal = {**space.legal, **{name: (width,) for name, width in pins.items()}}
+    pinned = replace(space, legal=legal)
+    is_possible = all(scheme[name] != width for name, width in pins.items())
+    if not is_possible or space.cost(pinned.smallest) > request.limit:
+        return scheme
+    return fit_to_limit(pinned, {**scheme, **pins}, request.limit, worth)
+
+
+def all_knowing(known: Knowledge, num_known: int) -> Proxy:
+    """Return the proxy that searches by what it knows, and has the best that it found measured.
+
+    Args:
+        known: What it knows.
+        num_known: How many schemes more it may come to know in a round.
+    """
+    values: dict[tuple[tuple[str, int], ...], float] = {}
+
+    def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
+        del search
+        request, memory = round_.request, round_.memory
+        space, predictor = request.space, Predictor.of(request, memory)
+        worth = step_worth(space, predictor.curves, predictor.factors)
+
+        def value(scheme: Scheme) -> float:
+            key = tuple(sorted(scheme.items()))
+            if key not in values:
+                values[key] = known(select_top(space.units, request.scores, scheme))
+            return values[key]
+
+        for entry in memory:
+            value(entry.widths)
+        limit, names = len(values) + num_known, [None, *(unit.name for unit in space.units)]
+        ended = "no change of the best is better"
+        best: Scheme | None = dict(min(values, key=values.__getitem__))
+        while best is not None:
+            pairs = permutations(names, 2)
+            changes = [exchanged(request, best, worth, *pair) for pair in pairs]
+            least, best = value(best), None
+            for scheme in sorted(changes, key=predictor.increase):
+                if len(values) >= limit:
+                    ended = "cut off"
+                    break
+                if value(scheme) < least:
+                    best = scheme
+                    break
+        cost.notes.append(f"round {request.round}: {len(values)} schemes are known, {ended}")
+        schemes = [dict(key) for key in sorted(values, key=values.__getitem__)]
+        yield from round_.measure([Proposal("llm", scheme) for scheme in schemes])
+
+    return proxy
 
 
 def scripted(partner: Partner, seed: int) -> Proxy:
@@ -196,7 +293,7 @@ def scripted(partner: Partner, seed: int) -> Proxy:
 
     def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
         del search, cost
-        for _ in range(MAX_TRIES if partner in IGNORANT.values() else ORACLE_TRIES):
+        for _ in range(MAX_TRIES):
             if not round_.left:
                 return
             planner = Planner(round_.request, round_.memory)
@@ -211,7 +308,7 @@ def knowledge_of(
     search: GroupSearch,
     purpose: Purpose,
     num_images: int,
-    value: Callable[[Measured], float],
+    value: Value,
     folder: Path,
     setting: str,
 ) -> Knowledge:
@@ -224,7 +321,7 @@ def knowledge_of(
     def known(kept: KeptIndices) -> float:
         key = str(sorted(kept.items()))
         if key not in found:
-            found[key] = value(measure(base, kept, purpose))
+            found[key] = value(base, kept)
             append_json_line(path, [key, found[key]])
         return found[key]
 
@@ -233,7 +330,7 @@ def knowledge_of(
 
 def judged(
     search: GroupSearch, schemes: Mapping[str, KeptIndices], num_images: int
-) -> dict[str, ByImage]:
+) -> list[dict[str, ByImage]]:
     """Measure refitted models beside the base on images that no choice is made by.
 
     Args:
@@ -242,8 +339,8 @@ def judged(
         num_images: Noised images to measure on.
 
     Returns:
-        For each the loss above the base's, and the distance from the base's prediction, of every
-        image: ``(2, images)``.
+        On the verdict's noise, and on fresh noise: for each model the loss above the base's, and
+        the distance from the base's prediction, of every image: ``(2, images)``.
     """
     prune = replace(search.context.prune, num_images=num_images)
     base = load_base(replace(search.context, prune=prune), search.group)
@@ -252,15 +349,19 @@ def judged(
     found = run_all([base.network, *networks], base.batches("judge"), base.schedule, "fp32")
     images = noised_indices(base.context, search.group, purpose="judge", count=num_images)
     losses = [losses.cpu().numpy() for losses in found.losses]
-    by_scheme = {}
-    for kept, loss, distance in zip(distinct, losses[1:], found.distances[1:], strict=True):
-        values = np.stack([loss - losses[0], distance.cpu().numpy()])
-        by_scheme[kept] = mean_by_image(values, images)
-    return {name: by_scheme[str(kept)] for name, kept in schemes.items()}
+    first = round(VERDICT_SHARE * num_images)
+    draws: list[dict[str, ByImage]] = []
+    for part in (slice(0, first), slice(first, None)):
+        by_scheme = {}
+        for kept, loss, distance in zip(distinct, losses[1:], found.distances[1:], strict=True):
+            values = np.stack([loss - losses[0], distance.cpu().numpy()])
+            by_scheme[kept] = mean_by_image(values[:, part], images[part])
+        draws.append({name: by_scheme[str(kept)] for name, kept in schemes.items()})
+    return draws
 
 
-def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Found]:
-    """Search a seed's base by every partner, and judge what each search came to."""
+def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> list[dict[str, Found]]:
+    """Search a seed's base by every partner, and judge what each search came to; see `judged`."""
     config, base = flags.config(seed), base_of(flags, seed)
     prune = replace(config.prune, num_rounds=flags.num_rounds, num_candidates=flags.num_candidates)
     config = replace(config, prune=prune)
@@ -269,10 +370,10 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
     schemes: dict[str, KeptIndices] = {}
     results: dict[str, SearchResult] = {}
 
-    def searched(name: str, proxy: Proxy, **changes: Any) -> GroupSearch:
+    def searched(name: str, proxy: Proxy) -> GroupSearch:
         search = search_of(config, base, place / name.replace(" ", "-"), setting, "second-order")
         method: ProxyMethod = "offline" if proxy is offline_proxy else "llm"
-        prune = replace(search.context.prune, method=method, **changes)
+        prune = replace(search.context.prune, method=method)
         search = replace(search, context=replace(search.context, prune=prune))
         memory = MemoryBank(search.context.run_dir.memory)
         proxies: dict[ProxyMethod, Proxy] = {"offline": offline_proxy, method: proxy}
@@ -281,27 +382,31 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> dict[str, Fou
         return search
 
     search = searched("offline", offline_proxy)
-    searched(TWICE, offline_proxy, num_candidates=2 * flags.num_candidates)
-    few, many = (SMOKE_IMAGES, SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
-    oracles: dict[PartnerName, Knowledge] = {
-        "oracle": knowledge_of(search, "held-out", few, lambda one: one.rank, place, setting),
-        "oracle of the judge": knowledge_of(
-            search, "judge", few, lambda one: one.loss, place, setting
-        ),
-    }
+    searched(TWICE, offline_again)
+    few, many = (SMOKE_IMAGES, 4 * SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
     for name in flags.partners:
-        known = oracles.get(name)
-        partner = IGNORANT[name] if known is None else all_knowing(known)
-        searched(name, scripted(partner, seed))
-        if known is not None:
-            own = f"{name}, its own choice"
-            results[own] = results[name]
-            schemes[own] = min((one.kept for one in results[name].candidates), key=known)
-    by_image = judged(search, schemes, many)
-    return {
-        name: Found(by_image[name], len(result.candidates), _final_rank(result, schemes[name]))
-        for name, result in results.items()
-    }
+        if name in IGNORANT:
+            searched(name, scripted(IGNORANT[name], seed))
+            continue
+        purpose, value = KNOWING[name]
+        count = many if purpose == "judge" else few
+        known = knowledge_of(search, purpose, count, value, place, setting)
+        searched(name, all_knowing(known, 20 if flags.smoke else flags.num_known))
+        own = f"{name}, its own choice"
+        results[own] = results[name]
+        schemes[own] = min((one.kept for one in results[name].candidates), key=known)
+    return [
+        {
+            name: Found(
+                images[name],
+                len(result.candidates),
+                result.cost.notes,
+                _final_rank(result, schemes[name]),
+            )
+            for name, result in results.items()
+        }
+        for images in judged(search, schemes, many)
+    ]
 
 
 def _final_rank(result: SearchResult, kept: KeptIndices) -> float | None:
@@ -335,8 +440,10 @@ def main(flags: PartnerFlags) -> None:
     found: dict[str, dict[str, list[Found]]] = {}
     for seed in flags.seeds:
         for setting in flags.settings:
-            for name, one in search_by_all(flags, seed, setting).items():
-                found.setdefault(setting, {}).setdefault(name, []).append(one)
+            names = f"{setting}, the verdict's noise", f"{setting}, fresh noise"
+            for noise, by_name in zip(names, search_by_all(flags, seed, setting), strict=True):
+                for name, one in by_name.items():
+                    found.setdefault(noise, {}).setdefault(name, []).append(one)
             write_all(folder, flags, found)
 
 
@@ -366,6 +473,7 @@ def write_all(
                 "distance, against twice offline": against_twice[1],
                 "measured": [one.num_measured for one in seeds],
                 "final rank": [one.rank for one in seeds],
+                "notes": [one.notes for one in seeds],
             }
     against = "less offline's, 95 %"
     columns = ["timesteps", "partner", "measured", "loss above the base's", f"loss {against}"]

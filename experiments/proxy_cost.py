@@ -7,6 +7,7 @@ from typing import Any
 
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.pruning.result import SearchResult, schemes_by_source
+from tdc_ray.pruning.tasks.candidates import FINAL
 
 
 def offline_at_equal_measurements(prune: PruneConfig) -> PruneConfig:
@@ -38,10 +39,18 @@ def proxy_cost(results: Sequence[SearchResult], offline: Sequence[SearchResult])
         "schemes": schemes_by_source(results),
         "measured": [len(one.candidates) for one in results],
         "measured_offline": [len(one.candidates) for one in offline],
+        "finalists": [_num_finalists(one) for one in results],
+        "finalists_offline": [_num_finalists(one) for one in offline],
         "excess_loss": [excess_loss(one) for one in results],
         "excess_loss_offline": [excess_loss(one) for one in offline],
         "difference": fmean(gains),
     }
+
+
+def _num_finalists(result: SearchResult) -> int:
+    """Count the schemes that were measured on the images that decide."""
+    entries = [one.entry for one in result.candidates]
+    return sum(one.final is not None or one.noise == FINAL.purpose for one in entries)
 
 
 def proxy_note(cost: Mapping[str, Any]) -> str:
@@ -51,7 +60,8 @@ def proxy_note(cost: Mapping[str, Any]) -> str:
     proposed = ", ".join(f"{number} {source}" for source, number in cost["schemes"].items())
     return (
         f"{cost['prompt_tokens']:,} tokens of prompts, {cost['completion_tokens']:,} of replies, "
-        f"price {cost['price']:.4g}; measured {sum(cost['measured'])} schemes ({proposed}), the "
-        f"offline proxy {sum(cost['measured_offline'])}. Excess loss {cost['difference']:+.3g} "
+        f"price {cost['price']:.4g}; measured {sum(cost['measured'])} schemes ({proposed}) with "
+        f"{sum(cost['finalists'])} finalists, the offline proxy {sum(cost['measured_offline'])} "
+        f"with {sum(cost['finalists_offline'])}. Excess loss {cost['difference']:+.3g} "
         f"against the offline proxy's {base:.3g}{share}; below 0 is a gain."
     )

@@ -1,4 +1,4 @@
-"""What a fresh process imports: ``--help`` and ``plan`` start at once."""
+"""What a fresh process imports: ``--help``, ``plan``, ``ls`` and ``status`` start at once."""
 
 import json
 import pkgutil
@@ -35,11 +35,13 @@ def packages_after_importing(module: str) -> set[str]:
         "tdc_ray.config.run",
         "tdc_ray.config.presets",
         "tdc_ray.pruning.memory",
+        "tdc_ray.reporting.overview",
+        "tdc_ray.reporting.workers",
         "tdc_ray.models.unet2d.architectures",
         "tdc_ray.cli.main",
     ],
 )
-def test_planning_imports_no_framework(module):
+def test_planning_and_looking_at_runs_import_no_framework(module):
     found = packages_after_importing(module)
     assert "tdc_ray" in found
     assert not found & FRAMEWORKS

@@ -5,14 +5,14 @@ tyro would refuse them in Python's types, and without the choice that is meant.
 
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from dataclasses import dataclass, fields, replace
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tyro.conf import Positional, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from tdc_ray.config.validation import errors_together, refuse
+from tdc_ray.config.validation import errors_together, meant, refuse
 
 NUMBERS = {int: "a whole number", float: "a number"}
 
@@ -34,6 +34,9 @@ class Taken:
     numbers: tuple[type[int] | type[float], ...] = ()
     are_many: bool = False
     """Whether the flag takes several."""
+
+    is_repeated: bool = False
+    """Whether the flag may be given again, to add values; then it has some each time."""
 
     def takes(self, text: str) -> bool:
         """Whether a word is one of the values."""
@@ -66,11 +69,11 @@ def check_values(arguments: Sequence[str], command: Any) -> None:
             taken = taken_by(flag, command)
             if taken is None or not (taken.words or taken.numbers):
                 continue
+            if taken.is_repeated and not values:
+                refuse(f"{flag} must be {taken}, got nothing.")
             for value in values if taken.are_many else values[:1]:
                 if not taken.takes(value):
-                    near = get_close_matches(value, taken.choices, n=1)
-                    hint = f": did you mean {near[0]}?" if near else "."
-                    refuse(f"{flag} must be {taken}, got {value}{hint}")
+                    refuse(f"{flag} must be {taken}, got {value}{meant(value, taken.choices)}")
 
 
 def _given(arguments: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
@@ -113,6 +116,60 @@ def owner(flag: str, command: Any) -> tuple[Any, str] | None:
     return next(((one, name) for one in holders if name in _fields(one)), None)
 
 
+def flags_of(holder: Any, stage: str = "") -> Iterator[str]:
+    """Yield every flag of a command, as it is documented; a setting's short one before its other.
+
+    Args:
+        holder: The command, or a part of its settings.
+        stage: What the names of the part's flags begin with.
+    """
+    for field, hint in _hints(holder).items():
+        if _is(hint, Positional) or _is(hint, Suppress):
+            continue
+        marks: list[Any] = [one for one in _marks(hint) if isinstance(one, type(arg()))]
+        name = next((mark.name for mark in marks if mark.name is not None), field)
+        inner = getattr(holder, field)
+        if _fields(inner):
+            yield from flags_of(inner, f"{stage}{name}." if name else "")
+        else:
+            yield from (alias for mark in marks for alias in mark.aliases or ())
+            yield f"--{stage}{name}".replace("_", "-")
+
+
+def has_arguments(command: Any) -> bool:
+    """Whether a command takes words without a flag."""
+    return any(_is(hint, Positional) for hint in _hints(command).values())
+
+
+def words_without_flag(arguments: Sequence[str], command: Any) -> Iterator[str]:
+    """Yield the words of a command line that no flag takes, as far as that is known."""
+    for argument in arguments[1:]:
+        if argument.startswith("--"):
+            break
+        yield argument
+    for flag, values in _given(arguments):
+        taken = taken_by(flag, command)
+        if taken is not None and not taken.are_many:
+            yield from values[bool(taken.words or taken.numbers) :]
+
+
+def _hints(holder: Any) -> Mapping[str, Any]:
+    """Return the types of the fields of a dataclass, by name; of anything else none."""
+    if not _fields(holder):
+        return {}
+    hints = get_type_hints(type(holder), include_extras=True)
+    return {field.name: hints[field.name] for field in fields(holder)}
+
+
+def _is(hint: Any, marker: Any) -> bool:
+    """Whether a type carries a mark of tyro's, such as ``Positional``."""
+    return get_args(marker[int])[1] in _marks(hint)
+
+
+def _marks(hint: Any) -> tuple[Any, ...]:
+    return getattr(hint, "__metadata__", ())
+
+
 def _fields(holder: Any) -> Mapping[str, Any]:
     """Return the fields of a dataclass, by name; of anything else none."""
     return getattr(type(holder), "__dataclass_fields__", {})
@@ -127,12 +184,16 @@ def _taken(hint: Any) -> Taken | None:
     if origin is Literal:
         return _together(_taken(one) if get_origin(one) else Taken((str(one),)) for one in inner)
     if origin in (Union, UnionType):
-        return _together(map(_taken, inner))
+        return _together(Taken(("True", "False")) if one is bool else _taken(one) for one in inner)
     if origin is tuple and inner[1:] == (...,):
         one = _taken(inner[0])
-        return None if one is None else Taken(one.words, one.numbers, are_many=True)
+        if one is None:
+            return None
+        return replace(one, are_many=True, is_repeated=one.are_many)
     if hint is NoneType:
         return Taken(("None",))
+    if hint is bool:
+        return Taken()  # it stands alone
     return Taken(numbers=(hint,)) if hint in NUMBERS else None
 
 

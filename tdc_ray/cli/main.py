@@ -79,10 +79,10 @@ def run_command(arguments: Sequence[str]) -> int:
         if (text := help_text(arguments)) is not None:
             console.print(text, highlight=False, soft_wrap=True)
             return 0
+        configure_logging(console, verbose="--verbose" in arguments)
         command = parse(arguments)
     except TdcError as error:
         return _fail(error, verbose="--verbose" in arguments)
-    configure_logging(console, verbose=command.verbose)
     try:
         command.execute(console)
     except BrokenPipeError:

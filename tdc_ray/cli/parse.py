@@ -4,10 +4,9 @@ What a preset, a base, a model or a run says of its settings are the defaults of
 arguments are read twice: at first for what decides the defaults, with no check of the rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
-from difflib import get_close_matches
 from functools import reduce
 from operator import or_
 from pathlib import Path
@@ -43,8 +42,8 @@ from tdc_ray.cli.commands.status import StatusCommand
 from tdc_ray.cli.commands.sweep import SweepCommand
 from tdc_ray.cli.commands.train_autoencoder import TrainAutoencoderCommand
 from tdc_ray.cli.flags import ALIASES, check_values
-from tdc_ray.cli.foreign import FOREIGN
 from tdc_ray.cli.help import SHORT, short_help, summary
+from tdc_ray.cli.names import check_command, check_names
 from tdc_ray.cli.paths import check_base, check_input, check_named_data
 from tdc_ray.config.autoencoder import AutoencoderConfig
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED
@@ -136,9 +135,10 @@ def parse(arguments: Sequence[str], *, checks_paths: bool = True) -> Command:
 def _parsed(arguments: Sequence[str], *, checks_paths: bool) -> Command:
     """Return the command of a command line; errors have the settings' own names."""
     known = _commands(preset("digits"))
-    _refuse_foreign(arguments, known)
-    if not _asks_for_help(arguments):
-        check_values(arguments, known.get(next(iter(arguments), "")))
+    check_command(arguments, known)
+    if (named := known.get(next(iter(arguments), ""))) and not _asks_for_help(arguments):
+        check_names(arguments, named)
+        check_values(arguments, named)
     reading = _first_reading(arguments)
     if not _asks_for_help(arguments):
         _check_sources(reading)
@@ -223,36 +223,6 @@ def help_text(arguments: Sequence[str]) -> str | None:
         return None
     defaults = _defaults(arguments, _first_reading(arguments))
     return short_help(arguments[0], _commands(defaults)[arguments[0]])
-
-
-def _refuse_foreign(arguments: Sequence[str], commands: Mapping[str, Command]) -> None:
-    """Refuse a command that there is not, and flags that other tools have, by the right ones.
-
-    Args:
-        arguments: The command line.
-        commands: All commands, by name, with any settings.
-
-    Raises:
-        ConfigError: There is one.
-    """
-    name = next(iter(arguments), "-")
-    if name not in commands and not name.startswith("-"):
-        close = get_close_matches(name, commands, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ConfigError(f"there is no command {name}: {hint}Commands: {', '.join(commands)}.")
-    if name not in SHORT:
-        return
-    for argument in arguments[1:]:
-        flag = argument.partition("=")[0].replace("_", "-")
-        stage, _, last = flag.removeprefix("--").rpartition(".")
-        meant = [
-            one
-            for one in FOREIGN.get(last, ())
-            if one.startswith(f"--{stage}")
-            and ("." in one or hasattr(commands[name], one.strip("-").replace("-", "_")))
-        ]
-        if flag.startswith("--") and meant and flag not in meant:
-            raise ConfigError(f"there is no flag {flag}: did you mean {' or '.join(meant)}?")
 
 
 def _check_shape(config: RunConfig, arguments: Sequence[str]) -> None:

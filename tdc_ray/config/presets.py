@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from difflib import get_close_matches
 
 from tdc_ray.config.compute import ComputeConfig
 from tdc_ray.config.data import DataConfig
@@ -14,6 +13,7 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.train import FinetuneConfig, TrainConfig
+from tdc_ray.config.validation import meant
 from tdc_ray.errors import ConfigError
 
 LDM_DIFFUSION = DiffusionConfig(beta_schedule="scaled_linear", beta_start=0.0015, beta_end=0.0195)
@@ -348,7 +348,6 @@ def preset(name: str) -> RunConfig:
         ConfigError: No preset has this name.
     """
     if name not in PRESETS:
-        close = get_close_matches(name, PRESETS)
-        hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {name}.{hint}")
+        hint = meant(name, PRESETS)
+        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {name}{hint}")
     return PRESETS[name]()

@@ -16,6 +16,7 @@ from tdc_ray.config.conditioning import ConditioningConfig
 from tdc_ray.config.data import BASE_SAMPLES, DataConfig
 from tdc_ray.config.diffusion import LATER_DIFFUSION_FIELDS, DiffusionConfig
 from tdc_ray.config.evaluate import EvaluateConfig
+from tdc_ray.config.image_size import size_text
 from tdc_ray.config.model import FILE_KINDS, ModelConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.proxy import ProxyConfig
@@ -280,7 +281,8 @@ def named_differences(one: dict[str, Any], other: dict[str, Any], prefix: str = 
         if isinstance(value, dict) and isinstance(other[name], dict):
             names += named_differences(value, other[name], f"{prefix}{name}.")
         elif value != other[name]:
-            names.append(f"{prefix}{name} {value} -> {other[name]}")
+            write = size_text if name == "image_size" else str
+            names.append(f"{prefix}{name} {write(value)} -> {write(other[name])}")
     return names
 
 

@@ -1,9 +1,10 @@
 """How settings are declared: ranges stand at the fields, and one error names all that is wrong."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import field
+from difflib import get_close_matches
 from typing import Annotated, Any, TypeVar, dataclass_transform
 
 import pydantic.dataclasses
@@ -119,6 +120,12 @@ def refuse(problem: str) -> None:
     if collected is None:
         raise ConfigError(problem)
     collected.append(problem)
+
+
+def meant(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error about a name: the one of those known that may be meant."""
+    near = get_close_matches(name, list(known), n=1)
+    return f": did you mean {near[0]}?" if near else "."
 
 
 def require(stage: str, config: object, name: str, rule: str, *, ok: bool) -> None:

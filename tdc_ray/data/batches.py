@@ -60,6 +60,10 @@ def base_indices(dataset: Sized, prune: PruneConfig, seed: int) -> Sequence[int]
     return rest
 
 
+LEAST_HELD_OUT = 4
+"""Images that losses are compared on, at least: each of the `halves` has two, for an interval."""
+
+
 def halves(held_out: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
     """Split the images that are held out in two: one half to choose by, one to judge by.
 

@@ -53,6 +53,11 @@ class TimestepGroup:
     """How many steps of the planned sampler fall into the group."""
 
     @property
+    def name(self) -> str:
+        """Name of the group, in keys and tags."""
+        return f"group-{self.index:02d}"
+
+    @property
     def timesteps(self) -> range:
         """The group's timesteps."""
         return range(self.first, self.last + 1)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any, get_args, overload
 import numpy as np
 
 from tdc_ray.config.diffusion import BetaSchedule, DiffusionConfig
-from tdc_ray.config.plan import PlanConfig
+from tdc_ray.config.plan import FlopsSchedule, PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.diffusion import plan
 from tdc_ray.diffusion.plan import Plan
@@ -31,7 +31,20 @@ if TYPE_CHECKING:
 
 
 @overload
-def plan_groups(diffusion: "SchedulerMixin", **settings: Any) -> Plan: ...
+def plan_groups(diffusion: "SchedulerMixin", config: PlanConfig) -> Plan: ...
+
+
+@overload
+def plan_groups(  # PlanConfig's own settings and defaults, for editors to complete
+    diffusion: "SchedulerMixin",
+    *,
+    num_groups: int = 10,
+    min_macs_share: float = 0.5,
+    schedule: FlopsSchedule = "snr",
+    mean_macs_share: float | None = None,
+    match_snr_mean: bool = False,
+    min_group_size: int = 1,
+) -> Plan: ...
 
 
 @overload

@@ -11,11 +11,6 @@ from tdc_ray.pruning.context import PruningContext
 from tdc_ray.pruning.space import Space
 
 
-def group_name(group: TimestepGroup) -> str:
-    """Return a group's name, in keys and tags."""
-    return f"group-{group.index:02d}"
-
-
 @dataclass(frozen=True, slots=True)
 class GroupSearch:
     """One group's share of stage 2."""
@@ -30,7 +25,7 @@ class GroupSearch:
     @property
     def name(self) -> str:
         """Name of the group, in keys and tags."""
-        return group_name(self.group)
+        return self.group.name
 
     @property
     def folder(self) -> Path:
@@ -92,5 +87,5 @@ def group_searches(
 ) -> list[GroupSearch]:
     """Create every group's search; no group waits for one that keeps the whole base."""
     searching = (group for group in groups if group.limit(space.cost_base) < space.cost_base)
-    participants = frozenset(map(group_name, searching))
+    participants = frozenset(group.name for group in searching)
     return [GroupSearch(context, space, group, participants) for group in groups]

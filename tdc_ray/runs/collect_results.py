@@ -31,8 +31,8 @@ from tdc_ray.runs.results import (
     StageSeconds,
     TimesResult,
 )
+from tdc_ray.runs.stages.base_result import BaseResult
 from tdc_ray.runs.stages.base_samples import drawing_macs
-from tdc_ray.runs.stages.base_worker import BaseResult
 from tdc_ray.runs.stages.expert import Expert, group_result
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.provenance import commit, versions

@@ -24,7 +24,7 @@ from tdc_ray.runs.evaluation.held_out import (
 )
 from tdc_ray.runs.results import ComparisonResult, GroupDifference, Results, SwapResult
 from tdc_ray.runs.stages.base import last_checkpoint
-from tdc_ray.runs.stages.base_worker import BaseResult
+from tdc_ray.runs.stages.base_result import BaseResult
 from tdc_ray.runs.stages.expert import Expert
 from tdc_ray.runs.stages.longer_base import (
     LongerBaseJob,

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tdc_ray.config.image_size import size_text
 from tdc_ray.config.run import from_json, to_json
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.runs.results import Results, load_results
@@ -49,6 +50,7 @@ def load_overview(root: Path) -> RunOverview:
     document = to_json(from_json(read_json(run_dir.config)))
     if (network := document["model"]["network"]) is not None:  # of dozens of values
         document["model"]["network"] = _network_text(network)
+    document["data"]["image_size"] = size_text(document["data"]["image_size"])
     settings = _dotted(document)
     results = load_results(run_dir.results) if exists(run_dir.results) else None
     progress = "finished" if results is not None else _progress(run_dir)

@@ -5,6 +5,7 @@ meanwhile are noticed as such, and do not turn it into another run.
 """
 
 import logging
+import math
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -18,9 +19,10 @@ from tdc_ray.config.run import (
     recorded_settings,
     with_absolute_paths,
 )
+from tdc_ray.data.batches import LEAST_HELD_OUT
 from tdc_ray.data.detect import data_config, train_split
 from tdc_ray.data.sources.walk import image_paths, split_to_take, subfolders
-from tdc_ray.data.survey import LARGEST_ALIKE, fitting_shape, survey
+from tdc_ray.data.survey import LARGEST_ALIKE, Survey, fitting_shape, survey
 from tdc_ray.errors import DataError
 from tdc_ray.storage.object_store import resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -32,7 +34,8 @@ DETECTED = (
     "data.labels_from_folders",
     "conditioning.num_classes",
 )
-"""Settings that are found out, each unless its flag is given; ``data.path`` follows the flag."""
+"""Settings that are found out, each unless its flag is given; ``data.path`` follows the flag. Of
+few images ``prune.held_out_share`` follows, too."""
 
 BY_SIDE = (
     "base.num_steps",
@@ -71,6 +74,9 @@ def own_run_dir(config: RunConfig, path: str, given: Collection[str]) -> Path:
     if path in BUNDLED:
         return default_run_dir(config)
     named = replace(config, data=replace(config.data, path=path))
+    if "prune.held_out_share" not in given:
+        usual = images().prune.held_out_share
+        named = replace(named, prune=replace(named.prune, held_out_share=usual))
     return default_run_dir(named, [name for name in (*DETECTED, *BY_SIDE) if name not in given])
 
 
@@ -91,7 +97,9 @@ def own_images(
     """
     before = None if run_dir is None else _recorded(run_dir, path)
     if before is None:
-        data, num_classes = _found(asked.data, path, given)
+        data, found = _found(asked, path, given)
+        num_classes = found.num_classes
+        held_out = _held_out_share(asked.prune.held_out_share, found.num_images)
     else:
         data = replace(
             asked.data,
@@ -102,11 +110,13 @@ def own_images(
             labels_from_folders=before.data.labels_from_folders,
         )
         num_classes = before.conditioning.num_classes
+        held_out = before.prune.held_out_share
     full = images(max(data.height, data.width))
     return replace(
         full,
         data=data,
         conditioning=replace(full.conditioning, num_classes=num_classes),
+        prune=replace(full.prune, held_out_share=held_out),
     )
 
 
@@ -127,9 +137,15 @@ def _train_folder(root: Path) -> Path | None:
     return None if train is None else train.resolve()
 
 
-def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataConfig, int | None]:
-    """Find out what images at a path are; return their settings and number of classes."""
-    root = resolve_path(path)
+def _held_out_share(share: float, num_images: int) -> float:
+    """Return the share of so many images that is held out: at least as many as losses need."""
+    least = math.ceil(100 * LEAST_HELD_OUT / num_images) / 100
+    return max(share, min(0.5, least))
+
+
+def _found(asked: RunConfig, path: str, given: Collection[str]) -> tuple[DataConfig, Survey]:
+    """Find out what images at a path are, and return their settings, too."""
+    data, root = asked.data, resolve_path(path)
     if "data.source" not in given:
         # "./digits" is a path, which a Path would write as the name of a bundled source.
         data = data_config(str(root) if path.startswith("~") else path, data)
@@ -139,7 +155,8 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
     if data.source == "folder" and "data.labels_from_folders" not in given:
         assert data.path is not None  # DataConfig's own rule
         data = replace(data, labels_from_folders=_are_classes(Path(data.path)))
-    found = survey(data)
+    # Absolute as in a run, whose warnings about the same data are not to come again.
+    found = survey(with_absolute_paths(replace(asked, data=data)).data)
     shape = fitting_shape(found)
     if shape is None:
         raise DataError(f"--data {path} holds no image that can be read. Mend or replace them.")
@@ -148,7 +165,7 @@ def _found(data: DataConfig, path: str, given: Collection[str]) -> tuple[DataCon
         channels = data.num_channels
     size = data.image_size if "data.image_size" in given else (height, width)
     data = replace(data, image_size=size, num_channels=1 if channels == 1 else 3)
-    return data, found.num_classes
+    return data, found
 
 
 def _are_classes(root: Path) -> bool:

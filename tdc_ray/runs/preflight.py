@@ -1,5 +1,6 @@
 """Checks before work starts: settings, data, base and limits that do not fit are refused."""
 
+import logging
 from pathlib import Path
 
 from tdc_ray.config.conditioning import ConditioningConfig, null_class
@@ -9,7 +10,7 @@ from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, differences, from_json
 from tdc_ray.config.sampler import SamplerConfig
 from tdc_ray.config.validation import errors_together, refuse, require
-from tdc_ray.data.batches import halves, held_out_split
+from tdc_ray.data.batches import LEAST_HELD_OUT, held_out_split
 from tdc_ray.data.dataset import ImageDataset
 from tdc_ray.data.latents import captions_of
 from tdc_ray.data.load import load_dataset
@@ -31,6 +32,8 @@ from tdc_ray.storage.object_store import display_path
 
 LEAST_JUDGED = 2
 """Images that losses are compared on, or that scores are against, at least."""
+
+logger = logging.getLogger(__name__)
 
 
 def check(
@@ -141,13 +144,19 @@ def check_enough_images(config: RunConfig, dataset: ImageDataset) -> None:
     if not by_loss and config.compare.kind == "none":
         return
     _, held_out = held_out_split(dataset, config.prune.held_out_share, config.seed)
-    if len(halves(held_out)[1]) < LEAST_JUDGED:
-        least = 2 * LEAST_JUDGED
-        way_out = "Raise --prune.held-out-share, or give" if len(dataset) > least else "Give"
+    if len(held_out) < LEAST_HELD_OUT:
+        is_too_low = round(0.5 * len(dataset)) >= LEAST_HELD_OUT  # 0.5 is the most
+        way_out = "Raise --prune.held-out-share, or give" if is_too_low else "Give"
         raise ConfigError(
-            f"prune.held_out_share must hold out at least {least} images, on which losses are "
-            f"compared, got {config.prune.held_out_share}, which of {len(dataset)} holds out "
-            f"{len(held_out)}. {way_out} more images."
+            f"prune.held_out_share must hold out at least {LEAST_HELD_OUT} images, on which "
+            f"losses are compared, got {config.prune.held_out_share}, which of {len(dataset)} "
+            f"holds out {len(held_out)}. {way_out} more images."
+        )
+    if len(held_out) == LEAST_HELD_OUT:
+        logger.info(
+            "%d of %d images are held out, the fewest that losses can be compared on",
+            len(held_out),
+            len(dataset),
         )
 
 

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from tdc_ray.config.run import RunConfig, from_json
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.item import load_result
 from tdc_ray.execution.timeline import History, Span, WorkerUsage, load_history, usage
-from tdc_ray.pruning.group import group_name
 from tdc_ray.pruning.memory import MemoryBank, MemoryEntry, best
 from tdc_ray.runs.results import Results, load_results
+from tdc_ray.runs.stages.base_result import STEP_FILE, BaseResult
 from tdc_ray.storage.files import exists, listing, read_json
 from tdc_ray.storage.lease import lease_holder
 from tdc_ray.storage.object_store import display_path
@@ -102,7 +103,7 @@ def status(run_dir: RunDir) -> RunStatus:
     history = load_history(run_dir.timeline)
     entries = MemoryBank(run_dir.memory).all()
     plan = plan_groups(config.diffusion, config.plan, config.sampler, check_start=False)
-    groups = {group_name(group) for group in plan.groups}
+    groups = {group.name for group in plan.groups}
     return RunStatus(
         config=config,
         driver=lease_holder(run_dir.root),
@@ -122,12 +123,15 @@ def _running(history: History) -> list[Span]:
 
 def _base(run_dir: RunDir, config: RunConfig) -> str:
     if exists(run_dir.base_result):
-        done = read_json(run_dir.base_result)
-        return f"done: {done['train_steps']} steps in {done['seconds']:.0f} s"
+        done = load_result(run_dir.base_result, BaseResult).value
+        return f"done: {done.train_steps} steps in {done.seconds:.0f} s"
     kept = listing(run_dir.base_training, "checkpoint_*/*")  # Ray Train has files beside them
     if not kept:
         return f"no checkpoint yet of {config.base.num_steps} steps"
-    return f"checkpoint {kept[-1].parent.name} (one every {config.base.checkpoint_every} steps)"
+    path = kept[-1].parent / STEP_FILE
+    if not exists(path):  # of a version that did not write it
+        return f"a checkpoint is kept (one every {config.base.checkpoint_every} steps)"
+    return f"step {read_json(path)['step']} of {config.base.num_steps} is kept"
 
 
 def _group(
@@ -141,7 +145,7 @@ def _group(
         num_candidates=len(group_entries),
         best_loss=_best_loss(group_entries),
         loss_finetuned=tuned[0]["loss_finetuned"] if tuned else None,
-        failed=history.failed.get(group_name(group)),
+        failed=history.failed.get(group.name),
     )
 
 

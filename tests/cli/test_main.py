@@ -12,6 +12,7 @@ import pytest
 from PIL import Image
 
 from tdc_ray.cli.commands.run import RunCommand
+from tdc_ray.cli.flags import flags_of
 from tdc_ray.cli.help import SHORT, short_help
 from tdc_ray.cli.main import BROKEN_PIPE, run_command
 from tdc_ray.cli.parse import _commands, parse
@@ -61,7 +62,7 @@ def test_a_setting_is_a_flag_and_a_preset_gives_the_defaults(tmp_path, capsys):
     ("arguments", "words"),
     [
         (["run", "--preset", "nothing"], ["--preset must be one of digits,", "got nothing"]),
-        (["run", "--preset", "cifar"], ["got cifar. Did you mean cifar10?"]),
+        (["run", "--preset", "cifar"], ["got cifar: did you mean cifar10?"]),
         (["plan", "--plan.min-macs-share", "1.5"], ["plan.min_macs_share", "at most 1", "1.5"]),
         (["run", "--finetune.batch-size", "0"], ["finetune.batch_size", "at least 1", "0"]),
         (["run", "--preset", "mnist", "--dry-run"], ["mnist.npz does not exist", "--data.path"]),
@@ -234,8 +235,17 @@ def test_version_is_one_line(capsys):
         (["sample", "x", "--num-image", "4"], "--num-images"),
         (["run", "--prune.method", "tailor"], "got tailor: did you mean taylor?"),
         (["sweep", "--vary", "k=1", "--log-to", "mlflow", "wandbb"], "did you mean wandb?"),
+        (["run", "--imagesize", "32"], "no flag --imagesize: did you mean --data.image-size?"),
+        (["run", "--hour", "2"], "there is no flag --hour: did you mean --hours?"),
+        (["run", "--no-such"], "no flag --no-such. tdc-ray run --help-all lists all."),
+        (["run", "images"], "takes flags alone, got images: did you mean --preset images?"),
+        (["plan", "--seed", "1", "img"], "got img: did you mean --data img?"),
+        (["run", "--dry-run", "img"], "got img: did you mean --data img?"),
+        (["simulate", "-x"], "tdc-ray simulate takes flags alone, got -x."),
+        (["run", "--dry-run", "--log-to"], "--log-to must be one of tensorboard, wandb, mlflow"),
+        (["plan", "--model.architecture", "atuo"], "got atuo: did you mean auto?"),
         (["rum"], "there is no command rum: did you mean run?"),
-        (["colour"], "there is no command colour: Commands: run, sweep, plan"),
+        (["colour"], "there is no command colour. Commands: run, sweep, plan"),
     ],
 )
 def test_what_is_misspelt_gets_the_right_word(tmp_path, arguments, right):
@@ -252,6 +262,18 @@ def test_a_scheduler_is_named_by_the_flag_that_errors_name(tmp_path, command):
     done = tdc_ray(command, *([] if command == "run" else ["x"]), *flags, cwd=tmp_path)
     right = "did you mean DDIMScheduler?" if command == "run" else "x does not exist"
     assert right in done.stderr
+
+
+@pytest.mark.parametrize("name", _commands(preset("digits")))
+def test_every_flag_is_known_by_its_name(name, capsys):
+    with pytest.raises(SystemExit):
+        run_command([name, "--help-all"])
+    text = capsys.readouterr().out.replace("--no-", "--").replace(".no-", ".")
+    listed = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", text)) - {"--help"}
+    known = set(flags_of(_commands(preset("digits"))[name]))
+    # A line that is cut ends within a flag.
+    assert {one for one in listed if not any(two.startswith(one) for two in known)} == set()
+    assert known <= listed
 
 
 @pytest.mark.parametrize("name", list(SHORT))

@@ -2,9 +2,11 @@ import csv
 import importlib
 import itertools
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import pytest
 
@@ -13,14 +15,15 @@ from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ConfigError, StorageError
 from tdc_ray.execution.chain import run_chain
 from tdc_ray.models.fingerprint import weights_digest
+from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.proxies.language_model import language_model_proxy
 from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
-from tdc_ray.runs.results import LossDifference
+from tdc_ray.runs.results import LossDifference, load_results
 from tdc_ray.storage.run_dir import RunDir
-from tests.pruning.llm.openai_server import calling, serving
+from tests.pruning.llm.openai_server import USAGE, Handler, Server, calling, serving
 from tests.small import (
     latent_config,
     make_first_stage,
@@ -55,6 +58,73 @@ def test_stability_has_five_rounds_of_three_and_a_plot(storage, monkeypatch):
     for by_round in record["excess_loss"].values():
         assert [len(losses) for losses in by_round.values()] == [3] * 5
     assert (folder / "proxy_stability.png").stat().st_size > 1000
+
+
+def doubts(handler: Handler) -> None:
+    """Has the scheme measured that follows from doubts of another unit each time."""
+    number = len(handler.server.requests)
+    doubt = {"where": number % 12, "factor": 5 if number % 2 else 0.2}
+    calling(("measure", {"hypothesis": "h", "distrust": [doubt]}))(handler)
+
+
+def run_with_model(name: str, server: Server, storage: Path, monkeypatch) -> Path:
+    """Run an experiment in little with a scripted language model; return its folder."""
+    experiment, common = importlib.import_module(name), importlib.import_module("common")
+    command = [f"{name}.py", "--smoke", "--num-actors", "1", "--storage", str(storage)]
+    command += ["--proxy", "llm", "--llm.base-url", server.url]
+    command += ["--llm.price-per-million-prompt-tokens", "5"]
+    monkeypatch.setattr(sys, "argv", command)
+    folder = storage / f"{name}-digits-smoke-llm"
+    shutil.rmtree(folder, ignore_errors=True)  # of a rerun, whose server had another port
+    experiment.main(common.parse_flags(experiment.__doc__, common.ProxyFlags))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_stability_tells_what_a_language_model_took_and_gained(storage, monkeypatch):
+    with serving(doubts) as server:
+        folder = run_with_model("proxy_stability", server, storage, monkeypatch)
+        asked = len(server.requests)
+    cost = json.loads((folder / "proxy_stability.json").read_text())["proxy"]
+    assert cost["prompt_tokens"] == asked * USAGE["prompt_tokens"] > 0
+    assert cost["completion_tokens"] == asked * USAGE["completion_tokens"]
+    assert cost["price"] == pytest.approx(5e-6 * cost["prompt_tokens"])
+    assert cost["schemes"]["llm"] > 0
+    assert cost["schemes"]["offline"] == 15
+    assert cost["measured"] == cost["measured_offline"] == [30]
+    (loss,), (alone,) = cost["excess_loss"], cost["excess_loss_offline"]
+    assert cost["difference"] == pytest.approx(loss - alone)
+    note = (folder / "proxy_stability.md").read_text()
+    assert f"{cost['prompt_tokens']:,} tokens of prompts" in note
+    assert f"Excess loss {cost['difference']:+.3g} against the offline proxy's" in note
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_time_cost_tells_what_a_language_model_took_and_gained(storage, monkeypatch):
+    with serving(doubts) as server:
+        folder = run_with_model("time_cost", server, storage, monkeypatch)
+        asked = len(server.requests)
+    record = json.loads((folder / "time_cost.json").read_text())
+    (prune,) = record["prune"]
+    assert prune["prompt_tokens"] == asked * USAGE["prompt_tokens"] > 0
+    assert prune["completion_tokens"] == asked * USAGE["completion_tokens"]
+    assert prune["proxy_cost"] == pytest.approx(5e-6 * prune["prompt_tokens"])
+    assert prune["schemes"]["llm"] > 0
+    results = [load_results(folder / f"seed-0{end}" / "results.json") for end in ("", "-offline")]
+    measured = [sum(one.prune.schemes.values()) for one in results]
+    assert measured[0] == measured[1] == 2 * prune["schemes"]["offline"]
+    one, other = (
+        [group.loss_refit - group.loss_base for group in result.groups] for result in results
+    )
+    gain = record["difference_from_offline"]
+    assert gain == pytest.approx(fmean(one) - fmean(other))
+    note = (folder / "time_cost.md").read_text()
+    assert f"{prune['prompt_tokens']:,} tokens of prompts" in note
+    assert f"at equal measurements: {gain:+.3g}" in note
 
 
 @pytest.mark.usefixtures("importable")
@@ -93,6 +163,60 @@ def test_scripted_nonsense_is_measured_and_never_ends_behind_the_offline_proxy(t
 
 
 @pytest.mark.usefixtures("importable")
+def test_an_oracle_reaches_the_best_scheme_and_spends_all_of_its_measurements(tmp_path):
+    from partner_bound import all_knowing
+
+    few = {"num_images": 16, "num_refit_images": 16, "num_rounds": 2, "num_candidates": 3}
+    config = small_config(plan={"min_macs_share": 0.3}, prune={"method": "llm", **few})
+    search = task_of(make_run_dir(tmp_path), config)
+    first, second = search.space.units[:2]
+
+    def known(kept: KeptIndices) -> float:  # least for both at their full widths
+        return -len(kept[first.name]) * len(kept[second.name])
+
+    proxies = {"offline": offline_proxy, "llm": all_knowing(known, 1000)}
+    found = run_chain(search_submodel(search, MemoryBank(tmp_path / "memory.jsonl"), proxies))
+    measured = [one for one in found.candidates if one.entry.is_by_llm]
+    assert len(measured) == 6
+    assert min(known(one.kept) for one in measured) == -first.width * second.width
+    assert all(note.endswith("no change of the best is better") for note in found.cost.notes)
+
+
+@pytest.mark.usefixtures("importable")
+def test_an_oracle_that_may_know_little_is_cut_off(tmp_path):
+    from partner_bound import all_knowing
+
+    few = {"num_images": 16, "num_refit_images": 16, "num_rounds": 1, "num_candidates": 2}
+    config = small_config(plan={"min_macs_share": 0.3}, prune={"method": "llm", **few})
+    search, asked = task_of(make_run_dir(tmp_path), config), list[KeptIndices]()
+
+    def known(kept: KeptIndices) -> float:
+        asked.append(kept)
+        return 1 / len(asked)
+
+    proxies = {"offline": offline_proxy, "llm": all_knowing(known, 5)}
+    found = run_chain(search_submodel(search, MemoryBank(tmp_path / "memory.jsonl"), proxies))
+    assert found.cost.notes == ["round 0: 7 schemes are known, cut off"]
+    assert len(asked) == 2 + 5
+
+
+@pytest.mark.usefixtures("importable")
+def test_twice_the_offline_measurements_have_as_many_finalists_as_a_partner(tmp_path):
+    from partner_bound import offline_again, randomly, scripted
+
+    few = {"num_images": 16, "num_refit_images": 16, "num_rounds": 1, "num_candidates": 3}
+    config = small_config(plan={"min_macs_share": 0.3}, prune={"method": "llm", **few})
+    search, finalists = task_of(make_run_dir(tmp_path), config), []
+    for name, partner in (("twice", offline_again), ("random", scripted(randomly, 0))):
+        proxies = {"offline": offline_proxy, "llm": partner}
+        memory = MemoryBank(tmp_path / f"{name}.jsonl")
+        found = run_chain(search_submodel(search, memory, proxies))
+        assert len(found.candidates) == 6
+        finalists.append(sum(one.entry.final is not None for one in found.candidates))
+    assert finalists == [4, 4]
+
+
+@pytest.mark.usefixtures("importable")
 def test_tokens_money_and_gain_of_a_language_model_are_told(tmp_path):
     from proxy_cost import offline_at_equal_measurements, proxy_cost, proxy_note
 
@@ -112,6 +236,7 @@ def test_tokens_money_and_gain_of_a_language_model_are_told(tmp_path):
     cost = proxy_cost([found], [offline])
     assert (cost["measured"], cost["measured_offline"]) == ([2], [2])
     assert cost["schemes"] == {"llm": 1, "offline": 1}
+    assert (cost["finalists"], cost["finalists_offline"]) == ([2], [2])
     note = proxy_note(cost)
     assert note.startswith(
         "1,000 tokens of prompts, 200 of replies, price 0.005; measured 2 schemes"
@@ -125,15 +250,18 @@ def test_an_oracle_that_was_interrupted_measures_nothing_again(tmp_path, monkeyp
 
     losses = iter([0.5, 0.25, 0.75, 1.0])
     monkeypatch.setattr(partner_bound, "load_base", lambda *_: None)
-    monkeypatch.setattr(partner_bound, "measure", lambda *_: next(losses))
+
+    def value(*_: object) -> float:
+        return next(losses)
+
     search = task_of(make_run_dir(tmp_path), small_config())
     for _ in range(2):
-        known = partner_bound.knowledge_of(search, "judge", 8, float, tmp_path, "all")
+        known = partner_bound.knowledge_of(search, "judge", 8, value, tmp_path, "all")
         assert [known({"a": (0, 1)}), known({"a": (0,)}), known({"a": (0, 1)})] == [0.5, 0.25, 0.5]
-    on_more = partner_bound.knowledge_of(search, "judge", 9, float, tmp_path, "all")
+    on_more = partner_bound.knowledge_of(search, "judge", 9, value, tmp_path, "all")
     assert on_more({"a": (0,)}) == 0.75
     monkeypatch.setattr(partner_bound, "IMAGES_VERSION", partner_bound.IMAGES_VERSION + 1)
-    on_others = partner_bound.knowledge_of(search, "judge", 8, float, tmp_path, "all")
+    on_others = partner_bound.knowledge_of(search, "judge", 8, value, tmp_path, "all")
     assert on_others({"a": (0,)}) == 1.0
 
 

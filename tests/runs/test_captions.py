@@ -26,7 +26,8 @@ from tdc_ray.models.text_encoder import encode_prompts
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.preflight import check
 from tdc_ray.runs.pretrained.sources import resolve_base
-from tdc_ray.runs.stages.base_worker import BaseResult, sample_grid, train_base
+from tdc_ray.runs.stages.base_result import BaseResult
+from tdc_ray.runs.stages.base_worker import sample_grid, train_base
 from tdc_ray.runs.stages.finetune import FinetuneJob, finetune_expert
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir

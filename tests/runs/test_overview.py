@@ -46,6 +46,14 @@ def test_settings_that_differ_are_named_with_every_runs_value(tmp_path):
     assert differing(runs[:1]) == {}
 
 
+def test_sizes_are_written_as_their_flag_takes_them(tmp_path):
+    config = small_config()
+    sizes = [replace(config, data=replace(config.data, image_size=size)) for size in (8, (8, 12))]
+    roots = [make_run(tmp_path / str(index), config) for index, config in enumerate(sizes)]
+    runs = [load_overview(root) for root in roots]
+    assert differing(runs) == {"data.image_size": ["8", "8x12"]}
+
+
 def test_networks_that_differ_are_one_setting(tmp_path):
     networks = (TINY, {**TINY, "layers_per_block": 2})
     models = [{"architecture": "auto", "network": network} for network in networks]

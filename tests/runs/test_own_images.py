@@ -95,6 +95,21 @@ def test_every_flag_overrides_what_was_found():
     assert config.conditioning.num_class_embeds == 3
 
 
+def test_of_few_images_as_many_are_held_out_as_losses_need(capsys):
+    fill(Path("img"), *(f"{index}.png" for index in range(16)), size=(12, 20))
+    assert settings_of("--data", "img").prune.held_out_share == 0.25
+    before = started("--data", "img")
+    given = settings_of("--data", "img", "--prune.held-out-share", "0.4")
+    assert given.prune.held_out_share == 0.4
+    fill(Path("img"), *(f"more{index}.png" for index in range(60)), size=(12, 20))
+    assert parse(["run", "--data", "img"]) == before
+    assert settings_of("--data", "img", "--run-dir", "new").prune.held_out_share == 0.1
+    assert run_command(["run", "--data", "img", "--evaluate.features=none", "--dry-run"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "of 76 images are held out, the fewest that losses can be compared on" not in printed
+    assert "data.image_size 32 -> 12x20 " in printed
+
+
 def test_the_source_may_be_said():
     fill(Path("img"), "1.png")
     Path("img/metadata.csv").write_text("file_name\n1.png\n")
@@ -321,8 +336,7 @@ def test_the_settings_that_follow_from_the_side_are_known_by_name():
     ("count", "labels", "words"),
     [
         (1, [0], "the images that scores are against must be at least 2, got 1. Give more"),
-        (3, None, "compared, got 0.1, which of 3 holds out 1. Give more images."),
-        (30, None, "which of 30 holds out 3. Raise --prune.held-out-share, or give more images."),
+        (5, None, "compared, got 0.5, which of 5 holds out 2. Give more images."),
     ],
 )
 def test_too_few_images_are_refused_before_work(capsys, count, labels, words):
@@ -333,3 +347,20 @@ def test_too_few_images_are_refused_before_work(capsys, count, labels, words):
         arguments += ["--evaluate.features", "none"]
     assert run_command(arguments) == 1
     assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_share_that_holds_out_too_few_is_refused_before_work(capsys):
+    np.savez("a.npz", images=random_pixels(30, 8, 8))
+    flags = ["--evaluate.features", "none", "--dry-run", "--prune.held-out-share", "0.1"]
+    assert run_command(["run", "--data", "a.npz", *flags]) == 1
+    words = "which of 30 holds out 3. Raise --prune.held-out-share, or give more images."
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_is_warned_of_is_said_once_however_the_path_is_given(capfd):
+    Path("in").mkdir()
+    np.savez("in/a.npz", images=random_pixels(60, 8, 8), labels=np.arange(60) - 3)
+    flags = ["--evaluate.features", "none", "--dry-run"]
+    assert run_command(["run", "--data", "in/../in/a.npz", *flags]) == 0
+    done = capfd.readouterr()
+    assert f"{done.out}{done.err}".count("labels of") == 1

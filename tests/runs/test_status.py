@@ -4,11 +4,16 @@ import shutil
 import pytest
 
 from tdc_ray.cli.main import run_command
+from tdc_ray.config.run import to_json
 from tdc_ray.errors import StorageError
+from tdc_ray.execution.item import ItemResult
 from tdc_ray.execution.timeline import Timeline
+from tdc_ray.runs.stages.base_result import STEP_FILE, BaseResult
 from tdc_ray.runs.status import start_status, status
+from tdc_ray.storage.files import write_json
 from tdc_ray.storage.lease import hold_lease
 from tdc_ray.storage.run_dir import RunDir
+from tests.small import small_config
 
 
 @pytest.mark.ray
@@ -54,6 +59,25 @@ def test_a_run_that_was_cut_is_told_as_far_as_it_came(finished_run, tmp_path, ca
     assert "not finished; the command that began it resumes it" in printed
     assert status(RunDir(folder)).groups[2].failed == "it diverged"
     assert "failed: tdc/0000100: [disk] full" in printed
+
+
+def test_stage_1_is_told_by_its_steps(tmp_path):
+    config, run_dir = small_config(), RunDir(tmp_path)
+    total = config.base.num_steps
+    write_json(run_dir.config, to_json(config))
+    assert status(run_dir).base == f"no checkpoint yet of {total} steps"
+    for number, step in enumerate((10, 20)):
+        write_json(run_dir.base_training / f"checkpoint_{number}" / STEP_FILE, {"step": step})
+    assert status(run_dir).base == f"step 20 of {total} is kept"
+    (run_dir.base_training / "checkpoint_1" / STEP_FILE).rename(
+        run_dir.base_training / "checkpoint_1" / "state.pt"
+    )
+    assert status(run_dir).base.startswith("a checkpoint is kept (one every ")
+    ItemResult(BaseResult(1, 1, total, 1.0, 7.0)).save(run_dir.base_result)
+    assert status(run_dir).base == f"done: {total} steps in 7 s"
+    write_json(run_dir.base_result, {"seconds": 7.0})
+    with pytest.raises(StorageError, match=r"result\.json is no result of this item"):
+        status(run_dir)
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path):

@@ -10,7 +10,7 @@ import numpy as np
 from tdc_ray.cli.api.base import Base
 from tdc_ray.cli.api.experts import Experts
 from tdc_ray.cli.api.folder import TemporaryFolder
-from tdc_ray.cli.foreign import nearest
+from tdc_ray.cli.names import nearest
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.prune import PruneConfig
 from tdc_ray.config.run import RunConfig, digest, with_absolute_paths, with_data

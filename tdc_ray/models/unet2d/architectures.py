@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Unpack, cast
 
 from tdc_ray.config.conditioning import ConditioningConfig
-from tdc_ray.config.model import ModelConfig
+from tdc_ray.config.model import AUTO, ModelConfig
+from tdc_ray.config.validation import meant
 from tdc_ray.errors import CheckpointError, ConfigError
 from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 
@@ -127,7 +128,8 @@ def architecture(name: str) -> NetworkConfig:
     """
     if name not in ARCHITECTURES:
         raise ConfigError(
-            f"model.architecture must be auto or one of {', '.join(ARCHITECTURES)}, got {name}."
+            f"model.architecture must be auto or one of {', '.join(ARCHITECTURES)}, got "
+            f"{name}{meant(name, [AUTO, *ARCHITECTURES])}"
         )
     return ARCHITECTURES[name]
 

@@ -19,8 +19,9 @@ from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import PretrainedBase
+from tdc_ray.runs.stages.base_result import BaseResult
 from tdc_ray.runs.stages.base_trainer import train_base_on_ray
-from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult
+from tdc_ray.runs.stages.base_worker import STATE_FILE
 from tdc_ray.runs.stages.data_key import base_workers_key, run_data_key
 from tdc_ray.runs.stages.finetune import NO_BASE_CHECKPOINT
 from tdc_ray.storage.files import exists, listing

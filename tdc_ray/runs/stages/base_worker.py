@@ -4,7 +4,6 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 
 import ray.train.torch
@@ -27,23 +26,12 @@ from tdc_ray.models.families import build_network, save_network
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import base_unet
 from tdc_ray.runs.pipelines import image_conditions, pipeline_index
+from tdc_ray.runs.stages.base_result import STEP_FILE, BaseResult
 from tdc_ray.seeds import derive_seed
+from tdc_ray.storage.files import write_json
 from tdc_ray.storage.run_dir import RunDir
 
 STATE_FILE = "state.pt"
-
-
-@dataclass(frozen=True, slots=True)
-class BaseResult:
-    """The size of the base, and the cost of its training."""
-
-    macs: int
-    num_params: int
-    train_steps: int
-    train_macs: float
-    """Three forward passes per image seen."""
-
-    seconds: float
 
 
 def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) -> None:
@@ -66,6 +54,7 @@ def train_rank(run_dir: RunDir, config: RunConfig, key: str, events: EventSink) 
     def save(state: TrainState) -> None:
         with tempfile.TemporaryDirectory() as folder:
             state.save(Path(folder) / STATE_FILE)
+            write_json(Path(folder) / STEP_FILE, {"step": state.step})
             if rank == 0 or state.structure is not None:  # all gather what they share
                 with state.ema_weights() as unet:
                     if rank == 0:  # the others wait in the report

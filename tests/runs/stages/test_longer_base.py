@@ -19,7 +19,8 @@ from tdc_ray.execution.device import WorkerRank
 from tdc_ray.execution.item import CacheMark, ItemResult, run_item
 from tdc_ray.models.unet2d.unet import load_unet, save_unet
 from tdc_ray.runs.stages.base import base_item, checkpoint_of_moments, last_checkpoint
-from tdc_ray.runs.stages.base_worker import STATE_FILE, BaseResult, train_base
+from tdc_ray.runs.stages.base_result import BaseResult
+from tdc_ray.runs.stages.base_worker import STATE_FILE, train_base
 from tdc_ray.runs.stages.longer_base import (
     LongerBaseJob,
     longer_base_item,
