@@ -194,10 +194,10 @@ class Planner:
         notes, factors = list(change.dropped), dict.fromkeys(self.predictor.curves, 1.0)
         for doubt in change.distrust:
             products = {name: doubt.factor * factors[name] for name in self._units(doubt.where)}
-            within = f"within {LEAST_FACTOR:g} to {MOST_FACTOR:g}"
             if not products:
                 notes.append(f"{doubt}: there is no such unit or block")
             elif not all(LEAST_FACTOR <= product <= MOST_FACTOR for product in products.values()):
+                within = f"within {LEAST_FACTOR:g} to {MOST_FACTOR:g}"
                 notes.append(f"{doubt}: all factors on a unit together must be {within}")
             else:
                 factors |= products

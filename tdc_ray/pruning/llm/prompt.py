@@ -100,9 +100,9 @@ LOSS = "the increase of the loss above the uncut base's"
 """What schemes are ranked by: with a refit, and without one."""
 
 OTHER_QUANTITY = """
-  That is another quantity than the measured one. Predictions of schemes that were listed before
-  any of this group was measured are such losses, and measured / predicted of them says nothing
-  but how the two compare; what is predicted after that is scaled to what is measured."""
+  That is another quantity than the measured one. What was predicted before any scheme of this
+  group was measured is such a loss, and measured / predicted of it only says how the two compare;
+  what is predicted after that is scaled to what is measured."""
 
 DECIDES = """\
   That is the first heat of a race: the best of yours and of the others' are measured anew, on
