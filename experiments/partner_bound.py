@@ -293,10 +293,10 @@ def scripted(partner: Partner, seed: int) -> Proxy:
 
     def proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
         del search, cost
+        planner = Planner(round_.request, round_.memory)
         for _ in range(MAX_TRIES):
             if not round_.left:
                 return
-            planner = Planner(round_.request, [*round_.memory, *round_.measured])
             planned = planner.plan(partner(round_, planner, draw))
             if planner.objection(planned) is None:
                 yield from round_.measure([Proposal("llm", planned.scheme)])

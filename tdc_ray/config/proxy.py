@@ -55,7 +55,7 @@ class ProxyConfig:
     time that it is asked: a bad one is answered with what was wrong with it."""
 
     max_predictions: PositiveInt = 12
-    """Replies that only predict before the model has to have something measured."""
+    """Replies that only predict before the model has to have something measured, or be done."""
 
     max_seconds: PositiveFloat = 900.0
     """Longest time that the model is asked until it has something measured; then the round goes on
@@ -78,7 +78,7 @@ class ProxyConfig:
     """What the provider charges for a million tokens of replies."""
 
     max_memory_entries: NonNegativeInt = 20
-    """Most entries of the memory bank in a prompt."""
+    """Most entries of the memory bank in a prompt, which says how many it leaves out."""
 
     replay: str | None = None
     """A run directory whose transcripts answer in place of the server; no call is made."""

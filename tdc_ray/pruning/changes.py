@@ -4,7 +4,7 @@ Whoever doubts the predictions says where: a unit's width within bounds, a predi
 factor, a block's cost within bounds, cost moved from one block to another. The knapsack makes the
 best scheme under them, which is legal and within the limit whatever was said: a change that
 contradicts an earlier one, or with which no scheme is near the limit, is dropped, and every one
-that is dropped is named.
+that is dropped, or done in part, is named.
 """
 
 import re
@@ -32,7 +32,7 @@ from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.space import Scheme, Space
 
 LEAST_FACTOR, MOST_FACTOR = 0.1, 10.0
-"""Range of a distrust factor."""
+"""Range of all distrust factors on a unit together."""
 
 MOST_WORSE = 1.5
 """A scheme is not worth a measurement where it is predicted to cost this many times as much as
@@ -42,10 +42,10 @@ MAX_CHANGES = 200
 """Most changes of a kind that are looked at."""
 
 MAX_NOTE = 300
-"""Most characters that are said of a change that is dropped: a number may have thousands."""
+"""Most characters that are said of a change: a number may have thousands."""
 
 MAX_HYPOTHESIS = 300
-"""Most characters of a hypothesis that are kept."""
+"""Most characters of a hypothesis, or of a reason to measure nothing more, that are kept."""
 
 Curves = Mapping[str, FactorArray]
 """As of `loss_curves`."""
@@ -79,7 +79,8 @@ def _text(value: Any) -> Any:
     return str(value) if isinstance(value, int | float) else value
 
 
-def _short_line(value: str) -> str:
+def short_line(value: str) -> str:
+    """Return a model's words as one line of at most so many characters."""
     return " ".join(value.split())[:MAX_HYPOTHESIS]
 
 
@@ -103,7 +104,8 @@ class Distrust(BaseModel):
 
     where: Name = Field(description="number of a unit, or name of a block")
     factor: FiniteFloat = Field(
-        description="above 1: it costs more than predicted; below 1: less; within 0.1 to 10"
+        description="above 1: it costs more than predicted; below 1: less; all factors on a unit "
+        "together within 0.1 to 10"
     )
 
     def __str__(self) -> str:
@@ -141,7 +143,7 @@ class Change(BaseModel):
     reasoning: Words = Field(
         default_factory=str, description="what the numbers suggest, in a few sentences"
     )
-    hypothesis: Annotated[Words, AfterValidator(_short_line)] = Field(
+    hypothesis: Annotated[Words, AfterValidator(short_line)] = Field(
         default_factory=str, description="one sentence that the measurement can prove wrong"
     )
     bounds: Annotated[list[Bound], _each(Bound)] = Field(default_factory=list)
@@ -159,8 +161,8 @@ class Planned:
     """Predicted by `Predictor`, whatever was distrusted."""
 
     standard_error: float
-    dropped: tuple[str, ...]
-    """Changes that did not count, and why."""
+    notes: tuple[str, ...]
+    """Changes that did not count, or only in part, and why."""
 
 
 class Planner:
@@ -189,15 +191,17 @@ class Planner:
 
         Earlier ones win, and bounds before moves before shares.
         """
-        notes, curves = list(change.dropped), dict(self.predictor.curves)
+        notes, factors = list(change.dropped), dict.fromkeys(self.predictor.curves, 1.0)
         for doubt in change.distrust:
-            names = self._units(doubt.where)
-            if not names:
+            products = {name: doubt.factor * factors[name] for name in self._units(doubt.where)}
+            if not products:
                 notes.append(f"{doubt}: there is no such unit or block")
-            elif not LEAST_FACTOR <= doubt.factor <= MOST_FACTOR:
-                notes.append(f"{doubt}: it must be within {LEAST_FACTOR:g} to {MOST_FACTOR:g}")
+            elif not all(LEAST_FACTOR <= product <= MOST_FACTOR for product in products.values()):
+                within = f"within {LEAST_FACTOR:g} to {MOST_FACTOR:g}"
+                notes.append(f"{doubt}: all factors on a unit together must be {within}")
             else:
-                curves |= {name: doubt.factor * curves[name] for name in names}
+                factors |= products
+        curves = {name: factors[name] * curve for name, curve in self.predictor.curves.items()}
         space = self._space
         for text, bounds in self._bounds(change, notes):
             space = self._tightened(space, text, bounds, notes)
@@ -302,11 +306,15 @@ class Planner:
                 walk = partial(self._walk, self._space, self.predictor.curves, self.start.scheme)
                 narrower, saved = walk(giving, cost, wider=False)
                 wider, spent = walk(taking, min(cost, saved), wider=True)
-                if spent < 0.5 * cost:
-                    moved = f"{100 * spent / self._space.cost_base:.3g}"
-                    notes.append(f"{move}: only {moved} points could be moved")
+                if not spent:
+                    notes.append(f"{move}: nothing could be moved")
+                    continue
                 bounds = {name: (0, width) for name, width in narrower.items()}
+                num_notes = len(notes)
                 yield str(move), bounds | {name: (width, 10**9) for name, width in wider.items()}
+                if spent < 0.5 * cost and len(notes) == num_notes:  # not dropped
+                    moved = f"{100 * spent / self._space.cost_base:.3g}"
+                    notes.append(f"{move}: done in part, only {moved} points could be moved")
 
     def _walk(
         self,

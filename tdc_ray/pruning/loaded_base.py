@@ -4,6 +4,8 @@ import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from tdc_ray.diffusion.plan import TimestepGroup
 from tdc_ray.diffusion.process import NoisedBatch, NoiseSchedule, noise_schedule
 from tdc_ray.execution.device import worker_device
@@ -90,6 +92,9 @@ class Measured(Ranked):
 
     distance: float | None = field(default=None, kw_only=True)
     """Mean square of how far the prediction is from the base's; None in results of 0.1.0."""
+
+    distance_error: float | None = field(default=None, kw_only=True)
+    """Standard error of the distance; None for a single image and where it was not kept yet."""
 
 
 def load_base(context: PruningContext, group: TimestepGroup) -> LoadedBase:
@@ -195,7 +200,8 @@ def measure(
     batches = list(base.batches(purpose, share))
     found = run_all([base.network, *networks], batches, base.schedule, prune.precision)
     place, num_images = min(1, len(networks)), _count(batches)  # of the model that is judged
-    increases, behind = found.losses[place] - found.losses[0], 0
+    increases, distances = found.losses[place] - found.losses[0], found.distances[place]
+    behind = 0
     if networks:
         behind = space.macs(widths_of(kept)) - _macs_before(base, pruned.network)
     return Measured(
@@ -203,10 +209,16 @@ def measure(
         loss_refit=None if prune.refit == "none" else float(found.losses[place].mean()),
         macs=pruned.macs_spent + float(num_images * (space.macs_base + len(networks) * behind)),
         num_images=num_images,
-        standard_error=float(increases.std() / num_images**0.5) if num_images > 1 else None,
+        standard_error=_standard_error(increases),
         loss_base=float(found.losses[0].mean()),
-        distance=float(found.distances[place].mean()),
+        distance=float(distances.mean()),
+        distance_error=_standard_error(distances),
     )
+
+
+def _standard_error(values: Tensor) -> float | None:
+    """Return that of the mean of values ``(B,)``; None of a single one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
 
 
 def _count(batches: Sequence[NoisedBatch]) -> int:

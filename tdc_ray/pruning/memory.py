@@ -35,7 +35,7 @@ class MemoryEntry(Ranked):
 
     source: str
     """Who proposed it: ``offline``, ``llm``, ``llm/repaired`` where some of the language model's
-    changes did not count, or a score and its use, such as ``taylor/global``."""
+    changes did not count in full, or a score and its use, such as ``taylor/global``."""
 
     widths: Mapping[str, int]
     """The scheme."""
@@ -75,6 +75,9 @@ class MemoryEntry(Ranked):
     distance: float | None = None
     """Mean square of how far the prediction is from the base's."""
 
+    distance_error: float | None = None
+    """Standard error of the distance; None where it was not kept yet."""
+
     predicted: float | None = None
     """What `increase` was predicted to be before it was measured; None where nothing was, and in
     entries of 0.1.0."""
@@ -87,8 +90,12 @@ class MemoryEntry(Ranked):
 
     def increase(self, loss_base: float) -> float:
         """Return the increase of the loss over the base's, after a refit to second order."""
-        by_loss = self.loss_refit is None or self.distance is None
-        return self.loss - loss_base if by_loss else self.rank
+        return self.rank - loss_base if self.ranks_by_loss else self.rank
+
+    @property
+    def increase_error(self) -> float | None:
+        """Standard error of `increase`; None where it is not known."""
+        return self.standard_error if self.ranks_by_loss else self.distance_error
 
     @property
     def is_by_llm(self) -> bool:

@@ -53,6 +53,15 @@ class ProposalRequest:
     pruned_elsewhere: Mapping[str, int] = field(default_factory=dict)
     """For units the widest width whose sensitivity was measured on a pruned model."""
 
+    num_images: int = 0
+    """Noised images that a finalist is measured on."""
+
+    num_refit_images: int = 0
+    """Noised images that a finalist is refitted from; 0 means that there is no refit."""
+
+    images_share: float = 1.0
+    """Share of both that proposed schemes are refitted from and measured on; see `race`."""
+
 
 @dataclass(frozen=True, slots=True)
 class Proposal:

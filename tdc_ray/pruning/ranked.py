@@ -16,6 +16,11 @@ class Ranked:
         return self.loss_cut if self.loss_refit is None else self.loss_refit
 
     @property
+    def ranks_by_loss(self) -> bool:
+        """Whether `rank` is the loss; else it is the distance."""
+        return self.loss_refit is None or self.distance is None
+
+    @property
     def rank(self) -> float:
         """What models are compared by, the lowest first; see :mod:`tdc_ray.pruning.race`."""
         return self.loss if self.loss_refit is None or self.distance is None else self.distance

@@ -116,6 +116,9 @@ class _Rounds:
                 seed=derive_seed(search.context.seed, "propose", group.index, number),
                 model=model,
                 pruned_elsewhere=pruned_elsewhere,
+                num_images=prune.num_images,
+                num_refit_images=prune.num_refit_images if prune.refit != "none" else 0,
+                images_share=heat.share,
             )
             # The offline proxy does what it would alone: a language model's schemes come on top.
             alone = [entry for entry in visible if not entry.is_by_llm]
@@ -263,6 +266,7 @@ class _Rounds:
                 standard_error=result.standard_error,
                 loss_base=result.loss_base,
                 distance=result.distance,
+                distance_error=result.distance_error,
                 predicted=None if predictor is None else predictor.increase(proposal.scheme),
                 hypothesis=proposal.hypothesis,
             )
@@ -303,6 +307,7 @@ class _Round:
         """Measure the first schemes that the group has not tried."""
         request, known = self.request, [*self.memory, *self.measured]
         tried = [dict(entry.widths) for entry in known if entry.group == request.group]
+        predictor = Predictor.of(request, self.memory)
         fresh: list[Proposal] = []
         for proposal in proposals:
             assert request.space.cost(proposal.scheme) <= request.limit
@@ -312,7 +317,7 @@ class _Round:
         fresh, start = fresh[: self.left], self._start + len(self.candidates)
         choices = self._rounds.kept(fresh, self._scores)
         candidates = yield from self._rounds.measure(
-            request.round, fresh, choices, self._heat, Predictor.of(request, known), start
+            request.round, fresh, choices, self._heat, predictor, start
         )
         self.candidates += candidates
         return [candidate.entry for candidate in candidates]

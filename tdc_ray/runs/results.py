@@ -110,7 +110,7 @@ class GroupResult:
 
     source: str = "unknown"
     """Who proposed the scheme: ``offline``, ``llm``, ``llm/repaired`` where some of the language
-    model's changes did not count, a score and its use, or ``base`` (not pruned)."""
+    model's changes did not count in full, a score and its use, or ``base`` (not pruned)."""
 
     milliseconds_limit: float | None = None
     """Limit of a forward pass's time. None means that macs are limited."""

@@ -54,7 +54,7 @@ def test_whatever_is_said_the_scheme_is_legal_and_within_the_limit(change, share
     assert limit - space.cost(planned.scheme) < steps  # nothing but a part of a step is left over
     points = planner.points(planned.scheme)
     for share in change.shares:
-        if not any(note.startswith(str(share)) for note in planned.dropped):
+        if not any(note.startswith(str(share)) for note in planned.notes):
             taken = sum(p for block, p in points.items() if block.startswith(share.block.strip()))
             assert share.least - 1e-9 <= taken <= share.most + 1e-9
 
@@ -72,7 +72,7 @@ def test_what_the_branches_of_a_block_have_in_common_counts_as_the_blocks():
 def test_without_changes_it_is_the_knapsack():
     alone = knapsack(SPACE, loss_curves(SPACE, STEEP), REQUEST.limit)
     assert PLANNER.start.scheme == alone
-    assert PLANNER.plan(Change()).dropped == ()
+    assert PLANNER.plan(Change()).notes == ()
     assert "the knapsack's own" in PLANNER.objection(PLANNER.plan(Change()))
 
 
@@ -80,7 +80,7 @@ def test_a_pin_holds_and_the_rest_is_the_best_under_it():
     width = PLANNER.start.scheme[NAMES[6]]
     planned = PLANNER.plan(Change(bounds=[Bound(unit=6, least=width + 2, most=width + 2)]))
     assert planned.scheme[NAMES[6]] == width + 2
-    assert planned.dropped == ()
+    assert planned.notes == ()
     assert planned.increase > PLANNER.start.increase
     assert PLANNER.objection(planned) is None
 
@@ -91,7 +91,7 @@ def test_contradictory_changes_are_dropped_one_by_one_and_said():
     bounds += [Bound(unit=number, least=8, most=8) for number in (0, 1, 5, 6, 8, 10, 11)]
     planned = PLANNER.plan(Change(bounds=bounds))
     assert planned.scheme[NAMES[3]] == 2
-    said = "\n".join(planned.dropped)
+    said = "\n".join(planned.notes)
     assert "unit 3 within 5 to 6: no legal width is left, or it contradicts" in said
     assert "unit 99 within 1 to 1: there is no such unit" in said
     assert "unit 4 within 9 to 9: no legal width is left" in said
@@ -102,7 +102,7 @@ def test_contradictory_changes_are_dropped_one_by_one_and_said():
 def test_what_would_leave_a_part_of_the_limit_is_dropped():
     bounds = [Bound(unit=number, least=1, most=1) for number in range(len(NAMES))]
     planned = PLANNER.plan(Change(bounds=bounds))
-    assert any("a part of the limit would be left over" in note for note in planned.dropped)
+    assert any("a part of the limit would be left over" in note for note in planned.notes)
     assert planned.scheme[NAMES[0]] == 1
 
 
@@ -114,12 +114,23 @@ def test_distrust_of_a_block_makes_it_wider_and_of_a_unit_it_alone():
         less = PLANNER.plan(Change(distrust=[Distrust(where=where, factor=0.1)]))
         assert all(less.scheme[NAMES[n]] < PLANNER.start.scheme[NAMES[n]] for n in names)
     for bad in (Distrust(where="up 9", factor=2), Distrust(where="1", factor=11)):
-        assert len(PLANNER.plan(Change(distrust=[bad])).dropped) == 1
+        assert len(PLANNER.plan(Change(distrust=[bad])).notes) == 1
+
+
+def test_factors_on_a_unit_stay_in_their_range_together():
+    up = NAMES.index(PLANNER.blocks["up 1"][0])
+    allowed = [Distrust(where=str(up), factor=2), Distrust(where="up 1", factor=5)]
+    assert PLANNER.plan(Change(distrust=allowed)).notes == ()
+    planned = PLANNER.plan(Change(distrust=[*allowed, Distrust(where="up", factor=1.5)]))
+    assert planned.notes == (
+        "factor 1.5 on up: all factors on a unit together must be within 0.1 to 10",
+    )
+    assert planned.scheme == PLANNER.plan(Change(distrust=allowed)).scheme
 
 
 def test_a_move_takes_points_from_one_block_to_another():
     planned = PLANNER.plan(Change(moves=[Move(from_block=" mid", to_block="up 1", points=4)]))
-    assert planned.dropped == ()
+    assert planned.notes == ()
     for block, expected in (("mid", -4), ("up 1", 4)):
         before, after = (
             cost_of(SPACE, scheme, PLANNER.blocks[block])
@@ -132,9 +143,22 @@ def test_a_move_takes_points_from_one_block_to_another():
     assert sum(moved[name] for name in moved if "down" in name) == pytest.approx(-5, abs=1.5)
     assert moved["mid"] == pytest.approx(5, abs=1.5)
     overlap = PLANNER.plan(Change(moves=[Move(from_block="up", to_block="up 1", points=1)]))
-    assert "there are no two such blocks" in overlap.dropped[0]
+    assert "there are no two such blocks" in overlap.notes[0]
     far = PLANNER.plan(Change(moves=[Move(from_block="mid", to_block="up 1", points=80)]))
-    assert "points could be moved" in far.dropped[0]
+    assert far.notes[0].startswith("80 points from mid to up 1: done in part, only ")
+    assert far.scheme != PLANNER.start.scheme
+
+
+def test_a_move_of_which_nothing_is_done_is_dropped_and_one_that_is_dropped_is_not_done_in_part():
+    wide = replace(REQUEST, limit=SPACE.macs_base)
+    whole = Planner(wide, ()).plan(Change(moves=[Move(from_block="mid", to_block="up", points=3)]))
+    assert whole.notes == ("3 points from mid to up: nothing could be moved",)
+    narrow = [Bound(unit=NAMES.index(name), least=1, most=1) for name in PLANNER.blocks["up 1"]]
+    far = Move(from_block="mid", to_block="up 1", points=80)
+    contradicted = PLANNER.plan(Change(bounds=narrow, moves=[far])).notes
+    assert [note for note in contradicted if note.startswith(str(far))] == [
+        f"{far}: no legal width is left, or it contradicts an earlier one"
+    ]
 
 
 @pytest.mark.parametrize("block", ["mid", "up 1", "up"])
@@ -145,7 +169,7 @@ def test_a_share_is_kept_exactly_and_the_rest_is_the_best_under_it(block):
     usual = taken(PLANNER.start.scheme)
     less = PLANNER.plan(Change(shares=[Share(block=block, least=0, most=usual - 3)]))
     more = PLANNER.plan(Change(shares=[Share(block=block, least=usual + 3, most=100)]))
-    assert (less.dropped, more.dropped) == ((), ())
+    assert (less.notes, more.notes) == ((), ())
     assert usual - 4.5 < taken(less.scheme) <= usual - 3
     assert usual + 3 <= taken(more.scheme) < usual + 4.5
     same = Share(block=block, least=usual - 1e-6, most=usual + 1e-6)
@@ -156,12 +180,12 @@ def test_a_share_is_kept_exactly_and_the_rest_is_the_best_under_it(block):
 def test_a_share_that_no_widths_have_is_dropped_and_said():
     for least, most in ((0, 0), (99, 100), (8, 7)):
         planned = PLANNER.plan(Change(shares=[Share(block="mid", least=least, most=most)]))
-        assert "points for mid: the nearest that it can have are" in planned.dropped[0]
+        assert "points for mid: the nearest that it can have are" in planned.notes[0]
         assert planned.scheme == PLANNER.start.scheme
-    (note,) = PLANNER.plan(Change(shares=[Share(block="out", least=0, most=9)])).dropped
+    (note,) = PLANNER.plan(Change(shares=[Share(block="out", least=0, most=9)])).notes
     assert note == "0 to 9 points for out: there is no such block"
     planner = Planner(replace(REQUEST, space=FULL, sensitivities={}), ())
-    (note,) = planner.plan(Change(shares=[Share(block="mid", least=0, most=9)])).dropped
+    (note,) = planner.plan(Change(shares=[Share(block="mid", least=0, most=9)])).notes
     assert "no shares where a stream's width is cut" in note
 
 
@@ -178,12 +202,12 @@ def test_a_change_that_cannot_be_read_discards_itself_alone():
     assert change.bounds == [Bound(unit=3, least=2, most=2)]
     assert change.distrust == [Distrust(where="4", factor=2)]
     assert len(change.dropped) == 3
-    assert PLANNER.plan(change).dropped == tuple(change.dropped)
+    assert PLANNER.plan(change).notes == tuple(change.dropped)
 
 
 def test_what_is_said_of_a_huge_number_is_short():
     planned = PLANNER.plan(Change(bounds=[Bound(unit=3, least=10**4000, most=1)]))
-    assert [len(note) for note in planned.dropped] == [MAX_NOTE]
+    assert [len(note) for note in planned.notes] == [MAX_NOTE]
 
 
 def test_measurements_correct_what_is_predicted():

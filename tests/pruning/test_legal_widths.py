@@ -111,7 +111,7 @@ def test_a_language_model_is_told_legal_widths_and_kept_to_them():
     text = messages_for(asked, [], planner, max_entries=0, max_predictions=0)[1]["content"]
     assert "\n0 | down 0 | residual | 8x8 | 4, 8 | " in text
     planned = planner.plan(Change(bounds=[Bound(unit=0, least=3, most=3)]))
-    assert "no legal width is left" in planned.dropped[0]
+    assert "no legal width is left" in planned.notes[0]
     assert_legal_and_tight(space, planned.scheme, asked.limit)
 
 
@@ -129,7 +129,7 @@ def test_branches_that_may_go_are_measured_without_and_a_language_model_is_told(
     assert "\n0 | transformer 0 | attention | 4x4 | 0, 2, 4 | " in text
     assert "At width 0 the attention or feed-forward is removed as a whole" in text
     gone = planner.plan(Change(bounds=[Bound(unit=0, least=0, most=0)]))
-    assert not gone.dropped
+    assert not gone.notes
     assert gone.scheme[space.units[0].name] == 0
     assert_legal_and_tight(
         replace(space, legal={**space.legal, space.units[0].name: (0,)}), gone.scheme, asked.limit

@@ -206,6 +206,22 @@ def test_a_whole_line_that_is_no_entry_is_an_error_that_names_the_file(tmp_path,
         MemoryBank(path)
 
 
+def test_the_error_of_an_increase_is_that_of_what_ranks():
+    by_loss = dataclasses.replace(entry(), standard_error=0.2, distance_error=0.1)
+    by_distance = dataclasses.replace(by_loss, loss_refit=0.4, distance=0.3)
+    assert (by_loss.increase(0.1), by_loss.increase_error) == (0.4, 0.2)
+    assert (by_distance.increase(0.1), by_distance.increase_error) == (0.3, 0.1)
+
+
+def test_entries_from_before_distances_had_an_error_are_read(tmp_path):
+    line = dataclasses.asdict(dataclasses.replace(entry(), loss_refit=0.4, distance=0.3))
+    del line["distance_error"]
+    path = tmp_path / "memory.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    (found,) = MemoryBank(path).all()
+    assert (found.rank, found.increase_error) == (0.3, None)
+
+
 def test_a_scheme_is_judged_by_its_loss_after_the_refit_where_there_was_one():
     assert entry(loss=0.5).loss == 0.5
     assert dataclasses.replace(entry(loss=0.5), loss_refit=0.2).loss == 0.2

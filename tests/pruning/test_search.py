@@ -208,6 +208,7 @@ def test_rounds_choose_on_few_images_and_finalists_are_measured_on_held_out_ones
         assert {entry.num_images for entry in (first, second, *others)} == {8}
         assert first.final.num_images == second.final.num_images == 32
         assert first.final.standard_error > 0
+        assert all(0 < entry.distance_error < entry.distance for entry in (first, *others))
         assert all(entry.final is None for entry in others)
 
 
@@ -596,6 +597,28 @@ def test_what_a_language_model_contributed_is_said(found, run_dir, tmp_path):
     chosen = choice.entry.source == "llm"
     assert ("1 of 1 pruned experts" in note) is chosen
     assert ("no expert is the language model's: 1 of its" in note) is not chosen
+
+
+def test_a_language_model_that_is_done_is_noted_and_that_it_contributed_nothing_is_said(
+    found, base, run_dir, tmp_path
+):
+    _, offline = found("offline")
+    is_done = json.dumps({"action": "done", "reasoning": "all is noise"})
+    record(tmp_path, 0, is_done)
+    record(tmp_path, 1, answer_of((1, 5, 5)), is_done)
+    choice = find(task_of(run_dir, config_of("llm", replay=tmp_path)))
+    assert choice.cost.notes == [
+        "group-00, round 0: the language model left 2 of 2 measurements unused: all is noise",
+        "group-00, round 1: the language model left 1 of 2 measurements unused: all is noise",
+    ]
+    assert schemes_by_source([choice]) == {"llm": 1, "offline": 4}
+    record(tmp_path / "never", 0, is_done)
+    record(tmp_path / "never", 1, is_done)
+    other_run = new_run_dir(tmp_path / "other", base)
+    never = find(task_of(other_run, config_of("llm", replay=tmp_path / "never")))
+    assert never.candidates == offline.candidates
+    (note,) = contribution_notes([never])
+    assert "the language model contributed nothing" in note
 
 
 def answered(chain: Chain[Any], answer: Callable[[Sequence[AnyItem]], Sequence[Any]]) -> Any:

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import BaseModel, Field
 
-from tdc_ray.pruning.changes import Change
+from tdc_ray.pruning.changes import Change, Words
 
-Action = Literal["predict", "measure"]
+Action = Literal["predict", "measure", "done"]
 
 
 class Predict(Change):
@@ -23,17 +23,26 @@ class Measure(Change):
     action: ClassVar[Action] = "measure"
 
 
+class Done(BaseModel):
+    """Ends the round without the measurements that are left, where nothing seems worth one."""
+
+    action: ClassVar[Action] = "done"
+    reasoning: Words = Field(default_factory=str, description="why, in a sentence")
+
+
 class Turn(Change):
     """One answer without tools: what to do, and with which changes."""
 
-    action: Action = Field(description="predict (free) or measure (takes one measurement)")
+    action: Action = Field(
+        description="predict (free), measure (takes one measurement) or done (ends the round)"
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
     """One thing that an answer asks for."""
 
-    change: Predict | Measure | Turn
+    change: Predict | Measure | Done | Turn
     call: str | None = None
     """Id of the tool's call; None without tools."""
 

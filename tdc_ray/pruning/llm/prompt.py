@@ -20,6 +20,7 @@ from tdc_ray.pruning.changes import (
 from tdc_ray.pruning.costs import Quantity
 from tdc_ray.pruning.llm.answer import Answer
 from tdc_ray.pruning.memory import MemoryEntry, best
+from tdc_ray.pruning.predictor import FACTOR_SPREAD, PREDICTION_ERROR
 from tdc_ray.pruning.proxy import ProposalRequest
 from tdc_ray.pruning.space import Scheme, Space
 
@@ -47,10 +48,11 @@ signal-to-noise ratio {request.snr_db[0]:.4g} to {request.snr_db[1]:.4g} dB
 limit: {share} % of the {name} of the uncut base
 loss of the uncut base: {request.loss_base:.6g}
 round: {round} of {request.num_rounds}; measurements left in this round: \
-{request.num_candidates}; later rounds see what this one measured
+{request.num_candidates}; until it ends changes are to the scheme
+below, and predictions rest on what is listed below; later rounds see what this one measured
 
 # The knapsack's scheme
-It is predicted to cost an increase of {increase}.
+its predicted increase: {increase}
 
 {columns}
 """
@@ -65,13 +67,19 @@ unit: its number, in the order of the forward pass. kind: residual = inner width
   attention = heads; feed-forward = a transformer's inner channels; stream = width of the residual
   stream, which many blocks share; traced = heads, or channels that one layer reads.{removed}
 width: the knapsack's. next down, next up: the next legal width: what it adds to the {name}, in
-  points (% of the base's), and to the increase, with the standard error of that.{mark}
-  An increase of 0 means that the prediction did not rise above its noise, not that it is free.
+  points (% of the base's), and to the predicted increase.{mark}
+  below noise: what the step does was not told from noise, which does not mean that it is free.
 factor: measured over predicted cost of the unit, as far as this group's measurements tell.
 best of group: the unit's width in the best measured scheme of this and the nearest other groups.
+predicted: {predicted}.{scale}
+  In the lists of measured schemes it is what was predicted before each was measured.
+  Its ± is assumed, not measured: {spread:g} % of what a unit costs, less for units of which the
+  group's measurements tell something, and for a scheme {error:g} % of the whole besides.
+measured: {measured},
+  by which schemes are ranked, on {heat}.
+  Its ± is the standard error over the images. All schemes of a group have the same images, so
+  differences between them are known better than that.
 images: how many noised images a scheme was measured on, and which draw of them.
-increase: {increase}.
-Cuts were predicted {how}.{scale}
 
 # Blocks, with their {name} in the knapsack's scheme in points
 {blocks}
@@ -86,6 +94,19 @@ MARK = (
     "\n  * marks steps whose cost was measured on models that were cut elsewhere too, the others "
     "on the uncut base."
 )
+
+DISTANCE = "the mean square of how far the prediction is from the uncut base's"
+LOSS = "the increase of the loss above the uncut base's"
+"""What schemes are ranked by: with a refit, and without one."""
+
+OTHER_QUANTITY = """
+  That is another quantity than the measured one. What was predicted before any scheme of this
+  group was measured is such a loss, and measured / predicted of it only says how the two compare;
+  what is predicted after that is scaled to what is measured."""
+
+DECIDES = """\
+  That is the first heat of a race: the best of yours and of the others' are measured anew, on
+  {images}, which decides"""
 
 MEASURED = """
 # Measured schemes of this group, oldest first
@@ -106,19 +127,21 @@ FORM = """
 # Answer
 predict is free (up to {predictions} replies between two measurements): it tells what the
 knapsack makes of changes, and what that is predicted to cost, without distrust. measure takes one
-of the measurements left. Not measured are schemes that this group has measured, the knapsack's
-own, and those predicted to cost more than {worse:g} times as much as that. Without any change the
-knapsack's own scheme is made.
+of the measurements left, and tells the same beside what it measured. Not measured are schemes
+that this group has measured, the knapsack's own, and those predicted to cost more than {worse:g}
+times as much as that. Without any change the knapsack's own scheme is made. done ends the round
+without the measurements that are left, where nothing seems worth one.
 Changes:
 - bounds: a unit (by number) keeps at least and at most some width; the same twice pins it.
-- distrust: a factor ({least:g} to {most:g}) on what cuts of a unit (by number) or of a block (by
-  name) are predicted to cost; above 1: they cost more than predicted.
+- distrust: a factor on what cuts of a unit (by number) or of a block (by name) are predicted to
+  cost; above 1: they cost more than predicted. All on a unit together are {least:g} to {most:g}.
 - moves: points of {name} from one block to another (by name), as against the knapsack's scheme.
 - shares: the least and the most points of {name} that a block (by name) takes.
 For a block's name, down and up stand for all such blocks together.
-Changes that contradict earlier ones, or the limit, are dropped, and you are told which.
-Call the tools predict and measure. If you have none, answer with one JSON object (letters stand
-for your values, lists may be empty):
+Changes that contradict earlier ones, or the limit, are dropped, and moves may be done in part: you
+are told which.
+Call the tools predict, measure and done. If you have none, answer with one JSON object (letters
+stand for your values, lists may be empty):
 {example}
 """
 
@@ -126,7 +149,7 @@ EXAMPLE = (
     '{"reasoning": "...", "hypothesis": "...", "bounds": [{"unit": N, "least": W, "most": W}], '
     '"distrust": [{"where": "N or block", "factor": F}], "moves": [{"from_block": "block", '
     '"to_block": "block", "points": P}], "shares": [{"block": "block", "least": P, "most": P}], '
-    '"action": "predict or measure"}'
+    '"action": "predict, measure or done"}'
 )
 
 MIN_RANGE = 4
@@ -161,11 +184,11 @@ def messages_for(
         name=name,
         share=_points(request.limit, space),
         round=request.round + 1,
-        increase=f"{start.increase:.5g} ± {start.standard_error:.2g}",
+        increase=_predicted(f"{start.increase:.5g}", start.standard_error),
         columns=COLUMNS.format(groups=", ".join(map(str, nearest))),
     )
     content += _units(request, planner, nearest)
-    content += _legend(request, memory, planner)
+    content += _legend(request, planner)
     content += _memory(request, memory, start.scheme, max_entries)
     content += FORM.format(
         predictions=max_predictions,
@@ -227,15 +250,15 @@ def planned_result(request: ProposalRequest, planner: Planner, planned: Planned)
     }
     result: dict[str, Any] = {
         "predicted_increase": _rounded(planned.increase),
-        "standard_error": _rounded(planned.standard_error, 2),
+        "predicted_standard_error": _rounded(planned.standard_error, 2),
         "knapsack_increase": _rounded(start.increase),
         "cost_in_percent": float(_points(space.cost(planned.scheme), space)),
         "limit_in_percent": float(_points(request.limit, space)),
         "widths_changed": changed,
         "points_changed": _points_changed(planner, planned.scheme),
     }
-    if planned.dropped:
-        result["dropped"] = list(planned.dropped)
+    if planned.notes:
+        result["not_done_as_asked"] = list(planned.notes)
     return result
 
 
@@ -250,16 +273,18 @@ def _points_changed(planner: Planner, scheme: Scheme) -> dict[str, list[float | 
 
 
 def measured_result(request: ProposalRequest, entry: MemoryEntry) -> dict[str, Any]:
-    """Return the result of measure."""
+    """Return the result of measure, beside that of planning what was measured."""
+    error = entry.increase_error
     result = {
         "measured_increase": _rounded(entry.increase(request.loss_base)),
+        "measured_standard_error": None if error is None else _rounded(error, 2),
         "predicted_increase": None if entry.predicted is None else _rounded(entry.predicted),
         "measurements_left_in_round": request.num_candidates,
         "images": entry.num_images,
     }
     if entry.loss_base is not None:
         result["loss_above_base"] = _rounded(entry.loss - entry.loss_base)
-        result["standard_error_of_loss"] = entry.standard_error and _rounded(entry.standard_error)
+        result["loss_standard_error"] = entry.standard_error and _rounded(entry.standard_error, 2)
     return result
 
 
@@ -327,30 +352,53 @@ def _step(request: ProposalRequest, planner: Planner, number: int, other: int) -
     cost = space.cost({**scheme, unit.name: other}) - space.cost(scheme)
     change, error = planner.predictor.change(number, width, other)
     mark = "*" if min(other, width) <= request.pruned_elsewhere.get(unit.name, 0) else ""
-    return f"{other}: {100 * cost / space.cost_base:+.4g}, {change:+.4g} ± {error:.2g}{mark}"
+    increase = _predicted(f"{change:+.4g}", error)
+    return f"{other}: {100 * cost / space.cost_base:+.4g}, {increase}{mark}"
 
 
-def _legend(request: ProposalRequest, memory: Sequence[MemoryEntry], planner: Planner) -> str:
+def _predicted(increase: str, error: float) -> str:
+    """Write a predicted increase; only one that was not told from noise has no error."""
+    return f"{increase} ± {error:.2g}" if error else "below noise"
+
+
+def _legend(request: ProposalRequest, planner: Planner) -> str:
     space, scale = request.space, planner.predictor.scale
-    own = [entry for entry in memory if entry.group == request.group]
     points = planner.points(planner.start.scheme)
-    by_distance = any(e.loss_refit is not None and e.distance is not None for e in own)
+    measured = DISTANCE if request.num_refit_images else LOSS
+    predicted, other = f"{measured},\n  by a quadratic model of the loss, from gradients", ""
+    if request.model is None:
+        predicted = f"{LOSS},\n  measured with each unit cut alone, and added up"
+        other = OTHER_QUANTITY if measured != LOSS else ""
     return LEGEND.format(
         name=WORDS[space.quantity],
         mark=MARK if request.pruned_elsewhere else "",
         removed="" if all(unit.least for unit in space.units) else REMOVED,
-        increase="mean square of how far a model's prediction is from the uncut base's, by which "
-        "schemes are ranked"
-        if by_distance or request.model is not None
-        else "loss above the uncut base's, by which schemes are ranked",
-        how="by a quadratic model of the loss, from gradients"
-        if request.model is not None
-        else "by measuring each unit alone",
-        scale=f" All of them were multiplied by {scale:.4g}, as measurements tell."
-        if scale != 1
-        else " No measurement has corrected them yet: the standard errors are assumed.",
+        predicted=predicted,
+        measured=measured,
+        heat=_heat(request),
+        scale=other
+        + (
+            f"\n  All of them were multiplied by {scale:.4g}, as measurements tell."
+            if scale != 1
+            else "\n  No measurement has corrected them yet."
+        ),
+        spread=100 * FACTOR_SPREAD,
+        error=100 * PREDICTION_ERROR,
         blocks="; ".join(f"{name}: {share:.4g}" for name, share in points.items()),
     )
+
+
+def _heat(request: ProposalRequest) -> str:
+    """Write what proposed schemes are measured on, and what decides after that."""
+
+    def images(share: float) -> str:
+        refit = round(share * request.num_refit_images)
+        after = f" after a refit from {refit}" if refit else ""
+        return f"{round(share * request.num_images)} noised images{after}"
+
+    if request.images_share == 1:
+        return images(1)
+    return f"{images(request.images_share)}.\n{DECIDES.format(images=images(1))}"
 
 
 def _resolution(unit: Unit) -> str:
@@ -390,7 +438,9 @@ def _memory(
     others = [entry for entry in entries if entry.group != request.group]
     name = WORDS[request.space.quantity]
     text = MEASURED.format(name=name)
-    text += "\n".join(_entry(request, e, scheme) for e in own) or "None so far."
+    num_own = sum(entry.group == request.group for entry in memory)
+    text += "\n".join(_entry(request, e, scheme) for e in own) or "None so far." * (not num_own)
+    text += _left_out(num_own - len(own), "of this group, which measured worse,")
     ratios = [r for e in own if (r := _ratio(request, e)) is not None]
     if len(ratios) > 1:
         spread = statistics.stdev(ratios)
@@ -398,7 +448,12 @@ def _memory(
     if others:
         text += "\n" + OTHERS.format(name=name)
         text += "\n".join(f"{e.group} | {_entry(request, e, scheme)}" for e in others)
-    return text + "\n"
+    left_out = len(memory) - num_own - len(others)
+    return text + _left_out(left_out, "of other groups, farther or worse,") + "\n"
+
+
+def _left_out(number: int, which: str) -> str:
+    return f"\nNot listed: {number} more {which}" if number else ""
 
 
 def _increase(request: ProposalRequest, entry: MemoryEntry) -> float:
@@ -416,8 +471,7 @@ def _ratio(request: ProposalRequest, entry: MemoryEntry) -> float | None:
 def _entry(request: ProposalRequest, entry: MemoryEntry, scheme: Scheme) -> str:
     space, ratio, loss = request.space, _ratio(request, entry), "-"
     if entry.loss_base is not None:
-        error = "" if entry.standard_error is None else f" ± {entry.standard_error:.2g}"
-        loss = f"{entry.loss - entry.loss_base:+.4g}{error}"
+        loss = f"{entry.loss - entry.loss_base:+.4g}{_error(entry.standard_error)}"
     widths = [
         f"{number}: {entry.widths[unit.name]}"
         for number, unit in enumerate(space.units)
@@ -429,7 +483,7 @@ def _entry(request: ProposalRequest, entry: MemoryEntry, scheme: Scheme) -> str:
         entry.source,
         images,
         "-" if entry.predicted is None else f"{entry.predicted:.5g}",
-        f"{_increase(request, entry):.5g}",
+        f"{_increase(request, entry):.5g}{_error(entry.increase_error)}",
         "-" if ratio is None else f"{ratio:.3f}",
         loss,
         _points(space.cost(entry.widths), space),
@@ -437,6 +491,10 @@ def _entry(request: ProposalRequest, entry: MemoryEntry, scheme: Scheme) -> str:
         entry.hypothesis or "-",
     ]
     return " | ".join(cells)
+
+
+def _error(standard_error: float | None) -> str:
+    return "" if standard_error is None else f" ± {standard_error:.2g}"
 
 
 def _points(cost: float, space: Space) -> str:

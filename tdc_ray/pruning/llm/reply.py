@@ -8,7 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from tdc_ray.errors import ProxyReplyError
-from tdc_ray.pruning.llm.answer import Answer, Measure, Predict, Request, Turn
+from tdc_ray.pruning.llm.answer import Answer, Done, Measure, Predict, Request, Turn
 
 Form = Literal["tools", "schema", "json"]
 """How a model says what to do: see ``proxy.reply_format``."""
@@ -19,7 +19,8 @@ MAX_CHARS = 200_000
 FORMAT_BYTES = 50
 """Bytes of a request around each schema of a tool or of an answer, at most."""
 
-TOOLS: Mapping[str, type[Predict | Measure]] = {"predict": Predict, "measure": Measure}
+TOOLS: Mapping[str, type[Predict | Measure | Done]]
+TOOLS = {"predict": Predict, "measure": Measure, "done": Done}
 
 
 @cache
@@ -44,8 +45,8 @@ def num_format_bytes(form: Form) -> int:
     return sum(len(json.dumps(tool)) + FORMAT_BYTES for tool in tools)
 
 
-def read_reply(answer: Answer) -> list[Request]:
-    """Return what an answer asks for.
+def read_reply(answer: Answer) -> tuple[list[Request], dict[str | None, str]]:
+    """Return what an answer asks for, and of calls that cannot be read, by their ids, why.
 
     What the client has not parsed is read here: streamed and recorded replies, calls of which one
     cannot be read, which discards itself alone, and the JSON object in a text.
@@ -55,26 +56,27 @@ def read_reply(answer: Answer) -> list[Request]:
     """
     if len(answer.text) > MAX_CHARS or sum(len(one.arguments) for one in answer.calls) > MAX_CHARS:
         raise ProxyReplyError(f"the reply is longer than {MAX_CHARS:,} characters.")
-    if answer.asked:
-        return list(answer.asked)
-    requests, problems = list[Request](), list[str]()
+    requests, problems = list(answer.asked), dict[str | None, str]()
+    parsed = {one.call for one in requests}
     wanted: list[tuple[str | None, str, str | None]]
     wanted = [(call.name, call.arguments or "{}", call.id) for call in answer.calls]
-    for name, text, call in wanted or [(None, _object_in(answer.text), None)]:
+    if not wanted and not requests:
+        wanted = [(None, _object_in(answer.text), None)]
+    for name, text, call in wanted:
         model = Turn if name is None else TOOLS.get(name)
         try:
             if model is None:
-                problems.append(f"there is no tool {str(name)[:80]!r}, only predict and measure.")
-            else:
+                problems[call] = f"there is no tool {str(name)[:80]!r}, only {', '.join(TOOLS)}."
+            elif call not in parsed:
                 requests.append(Request(model.model_validate_json(text), call))
         except ValidationError as error:
-            problems += [
+            problems[call] = "\n".join(
                 f"{'.'.join(map(str, one['loc']))}: {one['msg']}".removeprefix(": ")
                 for one in error.errors(include_url=False)[:10]
-            ]
+            )
     if not requests:
-        raise ProxyReplyError("\n".join(problems))
-    return requests
+        raise ProxyReplyError("\n".join(problems.values()))
+    return requests, problems
 
 
 def _object_in(text: str) -> str:

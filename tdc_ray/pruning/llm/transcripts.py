@@ -48,13 +48,19 @@ class LLMExchange:
     """Which reply of its turn it is, counted from 0: a resume begins its turn again."""
 
     version: int = 1
-    """Of the question: 1 asked for whole schemes."""
+    """Of the question; see `EARLIER_QUESTIONS`."""
 
 
 T = TypeVar("T")
 
-VERSION = 2
+VERSION = 3
 """Of the question that is asked now."""
+
+EARLIER_QUESTIONS: Mapping[int, str] = {
+    1: "whole schemes, and is asked for changes of the knapsack's now",
+    2: "changes of a scheme that every measurement changed, and of the round's first one now",
+}
+"""What earlier versions of the question asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,12 +98,13 @@ def find_transcripts(folder: Path) -> Path:
     for path in listing(found, "group-*.jsonl"):
         exchanges = _read(path)
         if exchanges and exchanges[0].version != VERSION:
+            version = exchanges[0].version
+            asked = EARLIER_QUESTIONS.get(version, "what only a later tdc_ray knows")
             raise ProxyError(
-                f"proxy.replay cannot be {display_path(folder)}: its model was asked for whole "
-                f"schemes (version {exchanges[0].version} of the question), and is asked for "
-                f"changes of the knapsack's now (version {VERSION}), to which those replies are "
-                "no answer. Replay it with the commit in its results.json, or ask again without "
-                "--proxy.replay."
+                f"proxy.replay cannot be {display_path(folder)}: its model was asked for {asked} "
+                f"(version {version} of the question, and {VERSION} now), to which those replies "
+                "are no answer. Replay it with the commit in its results.json, or ask again "
+                "without --proxy.replay."
             )
     return found
 

@@ -1,26 +1,32 @@
 """The proxy that asks a language model for changes of the knapsack's scheme.
 
 It predicts as often as it likes and has schemes measured until the round's measurements are
-spent: as many as the offline proxy has, whose schemes are all measured before, as they would be
-without it (`pruning.search`). So nonsense takes nothing from the offline proxy, and what is chosen
-is never behind what that one alone would have found (`pruning.race`).
+spent, or it says that it is done: as many as the offline proxy has, whose schemes are all measured
+before, as they would be without it (`pruning.search`). So nonsense takes nothing from the offline
+proxy, and what is chosen is never behind what that one alone would have found (`pruning.race`).
+
+All changes of a round are to the scheme, and by the predictions, of its start, which the prompt
+shows: the same pin means the same change in every turn, so that what one measurement came to can
+be held against the next, and the hypothesis behind it against the prompt. What was measured
+corrects the predictions of the next round.
 """
 
 import json
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.errors import ProxyError, ProxyReplyError
 from tdc_ray.execution.chain import Chain, result_of
 from tdc_ray.execution.item import Report, WorkItem
-from tdc_ray.pruning.changes import Planned, Planner
+from tdc_ray.pruning.changes import Planned, Planner, short_line
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.knapsack import step_worth
-from tdc_ray.pruning.llm.answer import Answer, Request, TokenUsage
+from tdc_ray.pruning.llm.answer import Answer, Done, Request, TokenUsage
 from tdc_ray.pruning.llm.budget import Budget
 from tdc_ray.pruning.llm.chat import (
     check_server,
@@ -56,23 +62,25 @@ logger = logging.getLogger(__name__)
 UNKNOWN_FORMAT = (400, 404, 422)
 """HTTP statuses of servers that do not know tools, or structured output."""
 
+TRIED = "this group has measured this scheme already"
+
 LLM_SERVICE = "llm"
 """Name of the pool's service that makes the calls; see `LLMGateway`."""
 
 
 def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
-    """Let a language model have schemes measured; without a usable reply the reason is noted."""
+    """Let a language model have schemes measured; why it leaves some unmeasured is noted."""
     context, request = search.context, round_.request
-    conversation, measured = Conversation(), list[MemoryEntry]()
+    conversation = Conversation()
     while round_.left:
         asking = replace(request, num_candidates=round_.left)
         job = AskJob(
             context.proxy,
             asking,
-            (*round_.memory, *round_.measured),
+            tuple(round_.memory),
             context.run_dir.transcripts,
             conversation,
-            tuple(measured),
+            tuple(round_.measured),
         )
         turn = f"-{conversation.turn}" * (conversation.turn > 0)
         name = f"round-{request.round}-beside{turn}"  # 0.1.0 asked otherwise under "-ask"
@@ -98,7 +106,12 @@ def language_model_proxy(search: GroupSearch, round_: Round, cost: SearchCost) -
             cost.notes.append(f"{where}: the language model was given up: {reply.error}")
             return
         measured = yield from round_.measure(_proposals(request, reply))
-        if not measured:
+        if reply.done is not None and round_.left:
+            cost.notes.append(
+                f"{where}: the language model left {round_.left} of {request.num_candidates} "
+                f"measurements unused: {reply.done or 'it did not say why'}"
+            )
+        if reply.done is not None or not measured:
             return
         conversation = reply.conversation
 
@@ -148,6 +161,10 @@ class Conversation:
     schemes: tuple[Scheme, ...] = ()
     """The schemes of the last turn."""
 
+    planned: tuple[Mapping[str, Any], ...] = ()
+    """Of each of them what the changes came to (`planned_result`); empty where it was not kept
+    yet."""
+
     form: Form | None = None
     """The form that the server takes; None: not known."""
 
@@ -164,14 +181,14 @@ class AskJob:
     """As many schemes as it asks for may be measured."""
 
     memory: tuple[MemoryEntry, ...]
-    """What the group sees, of this round too."""
+    """What the group sees at the round's start; changes are to the scheme that follows from it."""
 
     transcripts: Path
     """The run's folder of transcripts."""
 
     conversation: Conversation = field(default_factory=Conversation)
     measured: tuple[MemoryEntry, ...] = ()
-    """What the schemes of the last turn came to."""
+    """What schemes of the model came to in this round."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,16 +208,31 @@ class ProposalReply:
     """Behind each scheme; empty in replies of 0.1.0."""
 
     repaired: tuple[bool, ...] = ()
-    """Whether some of the changes behind a scheme were dropped."""
+    """Whether some of the changes behind a scheme did not count, or only in part."""
 
     notes: tuple[str, ...] = ()
-    """What was dropped, and why."""
+    """Which these are, and why."""
+
+    done: str | None = None
+    """Why the model wants nothing more measured in this round; None means that it may."""
 
     conversation: Conversation = field(default_factory=Conversation)
 
 
 NO_REPLY = ProposalReply(error="whoever makes the calls died")
 """Result of :func:`propose_by_llm` if its process died too often."""
+
+
+class _Chosen(NamedTuple):
+    """A scheme that is to be measured."""
+
+    call: str | None
+    """Id of the tool's call that asks for it."""
+
+    hypothesis: str
+    planned: Planned
+    result: Mapping[str, Any]
+    """Of planning it (`planned_result`)."""
 
 
 class LanguageModel:
@@ -215,7 +247,7 @@ class LanguageModel:
         """Usage of its calls."""
 
     def propose(self) -> ProposalReply:
-        """Let it predict until it has schemes measured, and return these.
+        """Let it predict until it has schemes measured, or is done, and return these.
 
         Raises:
             ProxyError: No key, no answer, no usable reply, or no budget for one.
@@ -246,7 +278,7 @@ class LanguageModel:
             body = {name: value for name, value in fields.items() if value is not None}
             if config.stream:
                 body |= {"stream": True, "stream_options": {"include_usage": True}}
-            answer, asked, problem = self._ask(body, form)
+            answer, asked, unread, problem = self._ask(body, form)
             if problem is not None:
                 is_unknown = answer.status in UNKNOWN_FORMAT and form != forms[-1]
                 if is_unknown and config.reply_format == "auto" and not answered:
@@ -263,12 +295,25 @@ class LanguageModel:
             answered, known[server] = True, form
             left = config.max_predictions - num_predictions
             chosen, results = self._decide(planner, asked, left - 1)
-            messages = [*messages, assistant_message(answer), *results, *_unread(answer, asked)]
-            if chosen:
-                pending = tuple(one.call for one, _ in chosen)
-                schemes = tuple(planned.scheme for _, planned in chosen)
-                said = Conversation(tuple(messages), pending, schemes, form, said.turn + 1)
-                return self._reply(chosen, said)
+            messages = [*messages, assistant_message(answer), *results, *unread]
+            reasons = [one.change.reasoning for one in asked if one.change.action == "done"]
+            if chosen or reasons:
+                said = Conversation(
+                    messages=tuple(messages),
+                    pending=tuple(one.call for one in chosen),
+                    schemes=tuple(one.planned.scheme for one in chosen),
+                    planned=tuple(one.result for one in chosen),
+                    form=form,
+                    turn=said.turn + 1,
+                )
+                return ProposalReply(
+                    schemes=said.schemes,
+                    hypotheses=tuple(one.hypothesis for one in chosen),
+                    repaired=tuple(bool(one.planned.notes) for one in chosen),
+                    notes=tuple(note for one in chosen for note in one.planned.notes),
+                    done=short_line(reasons[0]) if reasons else None,
+                    conversation=said,
+                )
             if left == 0:
                 raise ProxyError(
                     f"{config.model} had nothing measured in {config.max_predictions + 1} "
@@ -294,16 +339,19 @@ class LanguageModel:
         """Return the messages that tell how the schemes of the last turn measured."""
         job, messages = self._job, list[Message]()
         entries = {_key(entry.widths): entry for entry in job.measured}
-        for call, scheme in zip(job.conversation.pending, job.conversation.schemes, strict=True):
+        said = job.conversation
+        planned = said.planned or ({},) * len(said.schemes)
+        for call, scheme, told in zip(said.pending, said.schemes, planned, strict=True):
             entry = entries.get(_key(scheme))
-            known: dict[str, Any] = {"not_measured": "this group has measured this scheme already"}
-            result = known if entry is None else measured_result(job.request, entry)
-            messages.append(result_message(call, result))
+            measured = entry and measured_result(job.request, entry)
+            messages.append(
+                result_message(call, {**told, **(measured or {"not_measured": TRIED})})
+            )
         return messages
 
     def _decide(
         self, planner: Planner, asked: list[Request], left: int
-    ) -> tuple[list[tuple[Request, Planned]], list[Message]]:
+    ) -> tuple[list[_Chosen], list[Message]]:
         """Plan what was asked for: return what is to be measured, and the answers to the rest.
 
         Args:
@@ -311,22 +359,25 @@ class LanguageModel:
             asked: What the reply asks for.
             left: Replies that may still only predict, unless one is measured.
         """
-        request = self._job.request
-        tried = {_key(e.widths) for e in self._job.memory if e.group == request.group}
-        chosen: list[tuple[Request, Planned]] = []
+        request, known = self._job.request, (*self._job.memory, *self._job.measured)
+        tried = {_key(e.widths) for e in known if e.group == request.group}
+        chosen: list[_Chosen] = []
         results: list[tuple[str | None, dict[str, Any]]] = []
         for one in asked:
-            planned = planner.plan(one.change)
+            change = one.change
+            if isinstance(change, Done) or change.action == "done":
+                continue
+            planned = planner.plan(change)
             result = planned_result(request, planner, planned)
             objection = planner.objection(planned)
             if _key(planned.scheme) in tried:
-                result["not_measured"] = "this group has measured this scheme already"
-            elif one.change.action == "measure" and objection is not None:
+                result["not_measured"] = TRIED
+            elif change.action == "measure" and objection is not None:
                 result["not_measured"] = objection
-            elif one.change.action == "measure" and len(chosen) == request.num_candidates:
+            elif change.action == "measure" and len(chosen) == request.num_candidates:
                 result["not_measured"] = "no measurement is left in this round"
-            elif one.change.action == "measure":
-                chosen.append((one, planned))
+            elif change.action == "measure":
+                chosen.append(_Chosen(one.call, change.hypothesis, planned, result))
                 tried.add(_key(planned.scheme))
                 continue
             results.append((one.call, result))
@@ -338,19 +389,15 @@ class LanguageModel:
         ]
         return chosen, messages
 
-    def _reply(
-        self, chosen: list[tuple[Request, Planned]], conversation: Conversation
-    ) -> ProposalReply:
-        return ProposalReply(
-            schemes=tuple(planned.scheme for _, planned in chosen),
-            hypotheses=tuple(one.change.hypothesis for one, _ in chosen),
-            repaired=tuple(bool(planned.dropped) for _, planned in chosen),
-            notes=tuple(note for _, planned in chosen for note in planned.dropped),
-            conversation=conversation,
-        )
+    def _ask(
+        self, body: dict[str, Any], form: Form
+    ) -> tuple[Answer, list[Request], list[Message], str | None]:
+        """Get the next answer, and read and note it.
 
-    def _ask(self, body: dict[str, Any], form: Form) -> tuple[Answer, list[Request], str | None]:
-        """Get the next answer, and read and note it; the last is why it cannot be used."""
+        Returns:
+            The answer, what it asks for, the answers to calls that cannot be read, for each has to
+            have one, and why nothing of it can be used.
+        """
         started = time.monotonic()
         if self._recorded is None:
             answer, used = self._call(body, form)
@@ -358,11 +405,10 @@ class LanguageModel:
             answer, used = self._recorded.pop(0), TokenUsage()
         else:
             raise ProxyError("proxy.replay: the transcript has no more replies.")
-        asked: list[Request] = []
-        problem = answer.problem
+        asked, unread, problem = list[Request](), dict[str | None, str](), answer.problem
         if problem is None:
             try:
-                asked = read_reply(answer)
+                asked, unread = read_reply(answer)
             except ProxyReplyError as error:
                 problem = str(error)
         if self._recorded is None:
@@ -380,7 +426,8 @@ class LanguageModel:
             )
             append_exchange(self._transcript(self._job.transcripts), exchange)
             self._number += 1
-        return answer, asked, problem
+        results = [result_message(call, {"error": why}) for call, why in unread.items()]
+        return answer, asked, results, problem
 
     def _call(self, body: dict[str, Any], form: Form) -> tuple[Answer, TokenUsage]:
         """Make a call within the budget; unknown usage counts as the most that it can be."""
@@ -412,13 +459,6 @@ class LanguageModel:
 
 def _key(scheme: Scheme) -> tuple[tuple[str, int], ...]:
     return tuple(sorted(scheme.items()))
-
-
-def _unread(answer: Answer, asked: list[Request]) -> list[Message]:
-    """Return the answers to calls that could not be read, for each has to have one."""
-    known = {one.call for one in asked}
-    problem = {"error": "these are no changes, or it is no tool"}
-    return [result_message(call.id, problem) for call in answer.calls if call.id not in known]
 
 
 def propose_by_llm(job: AskJob, report: Report, budget: Budget | None = None) -> ProposalReply:

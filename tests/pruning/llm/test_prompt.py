@@ -9,6 +9,8 @@ from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.changes import Change, Planner, Share
 from tdc_ray.pruning.llm.answer import Answer, ToolCall
 from tdc_ray.pruning.llm.prompt import (
+    DISTANCE,
+    LOSS,
     MAX_QUOTED_CHARS,
     _widths_text,
     assistant_message,
@@ -17,6 +19,8 @@ from tdc_ray.pruning.llm.prompt import (
     planned_result,
     retry_messages,
 )
+from tdc_ray.pruning.memory import MemoryEntry
+from tdc_ray.pruning.quadratic_model import QuadraticModel
 from tdc_ray.pruning.space import space_of
 from tests.pruning.requests import NAMES, SPACE, TASK, entry, task
 
@@ -82,7 +86,7 @@ def test_names_scores_and_example_figures_that_mislead_are_gone():
 def test_entries_tell_predicted_and_measured_round_source_images_and_noise():
     text = content(MEMORY)
     own = next(line for line in text.splitlines() if line.endswith("| why"))
-    assert own.startswith("1 | llm | 45 of choice | 0.004 | 0.0061234 | 1.531 | ")
+    assert own.startswith("1 | llm | 45 of choice | 0.004 | 0.0061234 ± 0.00012 | 1.531 | ")
     assert "images: how many noised images a scheme was measured on" in text
     assert "+0.006123 ± 0.00012" in own
     assert "measured / predicted: 1.140, deviation 0.55" in text
@@ -94,11 +98,80 @@ def test_entries_tell_predicted_and_measured_round_source_images_and_noise():
     assert "None so far." in content()
 
 
-def test_the_cap_keeps_the_groups_own_and_the_best():
+def test_the_cap_keeps_the_groups_own_and_the_best_and_says_how_many_are_left_out():
     text = content(MEMORY, max_entries=1)
     assert "of choice" in text
     assert not text.count("| why")
     assert "other groups:" not in text
+    assert "Not listed: 1 more of this group, which measured worse," in text
+    assert "Not listed: 2 more of other groups, farther or worse," in text
+    assert "Not listed" not in content(MEMORY, max_entries=4)
+    nothing = content(MEMORY, max_entries=0)
+    assert "Not listed: 2 more of this group" in nothing
+    assert "None so far." not in nothing
+
+
+def refitted(loss: float, distance: float, error: float | None) -> MemoryEntry:
+    one = replace(entry(2, loss, u0=4), **MEASURED, loss_refit=loss, standard_error=3e-3)
+    return replace(one, distance=distance, distance_error=error)
+
+
+def test_distances_have_a_standard_error_of_their_own():
+    text = content([refitted(0.056, 0.0061, 2.34e-4)])
+    assert "| 0.004 | 0.0061 ± 0.00023 | 1.525 | +0.006 ± 0.003 |" in text
+    told = measured_result(TASK, refitted(0.056, 0.0061, 2.34e-4))
+    assert (told["measured_increase"], told["measured_standard_error"]) == (0.0061, 2.3e-4)
+    assert told["loss_standard_error"] == 0.003
+    old = refitted(0.056, 0.0061, None)  # as it was kept before
+    assert "| 0.004 | 0.0061 | 1.525 |" in content([old])
+    assert measured_result(TASK, old)["measured_standard_error"] is None
+
+
+def test_what_measured_rests_on_and_what_decides_is_said():
+    first = content(num_images=512, num_refit_images=1024, images_share=0.25)
+    assert "on 128 noised images after a refit from 256." in first
+    assert "first heat of a race: the best of yours and of the others" in first
+    assert "on\n  512 noised images after a refit from 1024, which decides.\n" in first
+    final = content(num_images=512, num_refit_images=0)
+    assert "ranked, on 512 noised images.\n" in final
+    assert "first heat" not in final
+
+
+@pytest.mark.parametrize("memory", [(), MEMORY], ids=["nothing measured", "corrected"])
+def test_the_error_of_a_prediction_is_always_called_assumed(memory):
+    text = content(memory)
+    assert "Its ± is assumed, not measured: 30 % of what a unit costs" in text
+    assert ("No measurement has corrected them yet" in text) is not memory
+
+
+def test_a_step_that_was_not_told_from_noise_has_no_figure():
+    text = content(sensitivities={NAMES[0]: {1: 0.01, 4: -1e-4}, NAMES[1]: {1: 0.01}})
+    rows = unit_rows(text)
+    assert rows[2][7].endswith(", below noise")
+    assert re.search(r", [+-]0\.0\d+ ± 0\.0", rows[1][6] + rows[1][7])
+    assert "+0 ±" not in text
+    assert "its predicted increase: below noise" in content(sensitivities={})
+
+
+MODEL = QuadraticModel({NAMES[0]: (4,)}, ((0.01,),))
+
+
+@pytest.mark.parametrize(
+    ("changes", "predicted", "measured", "differ"),
+    [
+        ({"num_refit_images": 64, "model": MODEL}, DISTANCE, DISTANCE, False),
+        ({"num_refit_images": 64}, LOSS, DISTANCE, True),
+        ({}, LOSS, LOSS, False),
+    ],
+    ids=["second-order", "measured", "no refit"],
+)
+def test_the_quantities_that_are_predicted_and_measured_are_said(
+    changes, predicted, measured, differ
+):
+    text = content(**changes)
+    assert f"\npredicted: {predicted},\n" in text
+    assert f"\nmeasured: {measured},\n  by which schemes are ranked" in text
+    assert ("That is another quantity than the measured one." in text) is differ
 
 
 def test_steps_measured_on_pruned_models_are_marked():
@@ -119,10 +192,11 @@ def test_streams_have_blocks_and_times_another_word():
 
 def test_a_prediction_tells_what_changed_and_what_was_dropped():
     planner = Planner(TASK, ())
-    told = planned_result(TASK, planner, replace(planner.start, dropped=("x: y",)))
-    assert told["predicted_increase"] == told["knapsack_increase"] > told["standard_error"] > 0
+    told = planned_result(TASK, planner, replace(planner.start, notes=("x: y",)))
+    assert told["predicted_increase"] == told["knapsack_increase"]
+    assert told["predicted_increase"] > told["predicted_standard_error"] > 0
     assert told["cost_in_percent"] <= told["limit_in_percent"] == 70
-    assert (told["widths_changed"], told["dropped"]) == ({}, ["x: y"])
+    assert (told["widths_changed"], told["not_done_as_asked"]) == ({}, ["x: y"])
     assert told["points_changed"] == {}
     moved = planner.plan(Change(shares=[Share(block="mid", least=0, most=6)]))
     before, after = planned_result(TASK, planner, moved)["points_changed"]["mid"]

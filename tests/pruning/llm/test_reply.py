@@ -40,19 +40,35 @@ def call(name: str, arguments: str) -> ToolCall:
     [GOOD, f"Sure!\n```json\n{GOOD}\n```\nDone.", f"<think>{{maybe}}</think>{GOOD}"],
 )
 def test_the_object_in_a_text_is_read(text):
-    (asked,) = read_reply(Answer(text=text))
+    (asked,), _ = read_reply(Answer(text=text))
     assert (asked.change.action, asked.call, asked.change.hypothesis) == ("measure", None, "a b")
     assert asked.change.bounds == [Bound(unit=1, least=2, most=3)]
 
 
 def test_calls_of_tools_are_read_in_order_and_an_unreadable_one_discards_itself():
-    calls = (call("predict", GOOD), call("cut", "{}"), call("measure", ""), call("predict", "{"))
-    asked = read_reply(Answer(text="Let me see {", calls=calls))
+    calls = (call("predict", GOOD), call("cut", "{}"), call("measure", ""), call("done", "{"))
+    asked, problems = read_reply(Answer(text="Let me see {", calls=calls))
     assert [(one.change.action, one.call) for one in asked] == [
         ("predict", "id-predict"),
         ("measure", "id-measure"),
     ]
     assert asked[1].change.bounds == []
+    assert problems["id-cut"] == "there is no tool 'cut', only predict, measure, done."
+    assert problems["id-done"].startswith("Invalid JSON: EOF while parsing")
+    assert len(problems) == 2
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        Answer(calls=(call("done", '{"reasoning": "all is\\nnoise"}'),)),
+        Answer(text='{"reasoning": "all is\\nnoise", "action": "done"}'),
+    ],
+    ids=["tools", "plain"],
+)
+def test_a_model_may_be_done(answer):
+    (asked,), _ = read_reply(answer)
+    assert (asked.change.action, asked.change.reasoning) == ("done", "all is\nnoise")
 
 
 @pytest.mark.parametrize(
@@ -61,7 +77,10 @@ def test_calls_of_tools_are_read_in_order_and_an_unreadable_one_discards_itself(
         (Answer(text="I would cut the middle."), "calls no tool, and holds no JSON"),
         (Answer(text="} {"), "holds no JSON"),
         (Answer(text='{"schemes": []}'), "action: Field required"),
-        (Answer(text='{"action": "cut"}'), "action: Input should be 'predict' or 'measure'"),
+        (
+            Answer(text='{"action": "cut"}'),
+            "action: Input should be 'predict', 'measure' or 'done'",
+        ),
         (Answer(text="{" * 5000 + "}"), "Invalid JSON"),
         (Answer(text="x" * (MAX_CHARS + 1)), "longer than"),
         (Answer(calls=(call("cut", "{}"),)), "no tool 'cut'"),
@@ -77,7 +96,7 @@ def test_what_cannot_be_used_is_told(answer, problem):
 @given(turns)
 def test_whatever_passes_is_safe_to_prune_with(turn):
     try:
-        (asked,) = read_reply(Answer(text=json.dumps(turn)))
+        (asked,), _ = read_reply(Answer(text=json.dumps(turn)))
     except ProxyReplyError:
         return
     planned = PLANNER.plan(asked.change)
@@ -86,6 +105,6 @@ def test_whatever_passes_is_safe_to_prune_with(turn):
 
 
 def test_a_hypothesis_is_one_short_line():
-    (asked,) = read_reply(Answer(text=json.dumps(TURN | {"hypothesis": "x\n" * 9999})))
+    (asked,), _ = read_reply(Answer(text=json.dumps(TURN | {"hypothesis": "x\n" * 9999})))
     assert len(asked.change.hypothesis) == MAX_HYPOTHESIS
     assert "\n" not in asked.change.hypothesis

@@ -144,7 +144,11 @@ def test_a_request_holds_the_prompt_the_schema_and_the_settings(tmp_path, monkey
         0.5,
         500,
     )
-    assert [tool["function"]["name"] for tool in request["tools"]] == ["predict", "measure"]
+    assert [tool["function"]["name"] for tool in request["tools"]] == [
+        "predict",
+        "measure",
+        "done",
+    ]
     assert [message["role"] for message in request["messages"]] == ["system", "user"]
     _, server = run(job_in(tmp_path, reply_format="schema"), monkeypatch, says(GOOD))
     assert server.requests[0]["response_format"]["json_schema"]["strict"] is True
@@ -340,7 +344,7 @@ def test_predictions_are_free_and_answered_and_what_is_measured_ends_the_turn(
     assert (result.error, result.schemes, result.hypotheses) == (None, SCHEMES, ("h",))
     assert (result.repaired, result.notes) == ((False,), ())
     if form == "tools":
-        assert told[1]["dropped"] == ["unit 99 within 1 to 1: there is no such unit"]
+        assert told[1]["not_done_as_asked"] == ["unit 99 within 1 to 1: there is no such unit"]
         assert [m["role"] for m in server.requests[1]["messages"][2:]] == [
             "assistant",
             "tool",
@@ -355,12 +359,11 @@ def test_predictions_are_free_and_answered_and_what_is_measured_ends_the_turn(
 def test_the_next_turn_tells_what_was_measured(form, tmp_path, monkeypatch):
     measure = calling(("measure", pin(0, 7))) if form == "tools" else says(GOOD)
     first, _ = run(job_in(tmp_path, reply_format=form), monkeypatch, measure)
-    came_to = replace(entry(2, 0.0571), widths=first.schemes[0], predicted=0.004, candidate=1)
+    came_to = replace(entry(2, 0.0571), widths=first.schemes[0], predicted=0.004, candidate=2)
     kept = json.loads(json.dumps(to_jsonable_python(first)))
     job = replace(
         job_in(tmp_path, reply_format=form),
         request=task(num_candidates=1),
-        memory=(*JOB_MEMORY, came_to),
         conversation=checked_result(kept, ProposalReply).conversation,
         measured=(came_to,),
     )
@@ -368,12 +371,76 @@ def test_the_next_turn_tells_what_was_measured(form, tmp_path, monkeypatch):
     second, server = run(job, monkeypatch, measure, other)
     assert second.error is None
     *_, told = server.requests[0]["messages"]
-    assert json.loads(told["content"])["measured_increase"] == pytest.approx(0.0071)
+    told_of = json.loads(told["content"])
+    assert told_of["measured_increase"] == pytest.approx(0.0071)
+    assert told_of["widths_changed"]["0"][1] == 7  # what predict tells stands beside it
+    assert told_of["cost_in_percent"] <= told_of["limit_in_percent"] == 70
     assert told["role"] == ("tool" if form == "tools" else "user")
     *_, refused = server.requests[1]["messages"]  # it asked for the same again
     assert "measured this scheme already" in json.loads(refused["content"])["not_measured"]
     assert second.schemes[0][NAMES[0]] == 6
     assert [line["turn"] for line in transcript(job)] == [0, 1, 1]
+
+
+def test_what_was_measured_is_told_with_the_changes_that_did_not_count(tmp_path, monkeypatch):
+    asks = says(pins((0, 7), (77, 1)))
+    first, _ = run(job_in(tmp_path, reply_format="json"), monkeypatch, asks)
+    came_to = replace(entry(2, 0.0571), widths=first.schemes[0], candidate=2)
+    before = json.loads(json.dumps(to_jsonable_python(first)))
+    del before["conversation"]["planned"]  # as it was saved before
+    for reply in (first, checked_result(before, ProposalReply)):
+        job = replace(
+            job_in(tmp_path, reply_format="json"),
+            conversation=reply.conversation,
+            measured=(came_to,),
+        )
+        _, server = run(job, monkeypatch, says(pins((0, 6))))
+        told = json.loads(server.requests[0]["messages"][-1]["content"])
+        assert told["measured_increase"] == pytest.approx(0.0071)
+        assert told.get("not_done_as_asked") == (
+            ["unit 77 within 1 to 1: there is no such unit"] if reply is first else None
+        )
+
+
+def test_in_every_turn_of_a_round_the_same_pin_makes_the_same_scheme(tmp_path, monkeypatch):
+    """What was measured in it would correct the predictions, and so the scheme."""
+    first, _ = run(job_in(tmp_path), monkeypatch, says(GOOD))
+    far_off = replace(entry(2, 0.9), widths=first.schemes[0], candidate=2)
+    pinned = Change(bounds=[Bound(unit=8, least=6, most=6)])
+    moved = Planner(TASK, (*JOB_MEMORY, far_off)).plan(pinned).scheme
+    job = replace(job_in(tmp_path), conversation=first.conversation, measured=(far_off,))
+    second, _ = run(job, monkeypatch, says(pins((8, 6))))
+    assert second.schemes == (PLANNER.plan(pinned).scheme,)
+    assert second.schemes != (moved,)
+
+
+@pytest.mark.parametrize("form", ["tools", "schema", "json"])
+def test_a_model_that_is_done_ends_the_round_and_what_it_asked_for_before_is_measured(
+    form, tmp_path, monkeypatch
+):
+    because = {"reasoning": "all is\nnoise"}
+    job = job_in(tmp_path / "a", reply_format=form)
+    is_done = calling(("done", because)) if form == "tools" else says(pins(action="done"))
+    result, server = run(job, monkeypatch, is_done)
+    assert (result.error, result.schemes, len(server.requests)) == (None, (), 1)
+    assert result.done == ("all is noise" if form == "tools" else "r")
+    kept = json.loads(json.dumps(to_jsonable_python(result)))
+    assert checked_result(kept, ProposalReply) == result
+    if form == "tools":
+        both = calling(("measure", pin(0, 7)), ("done", {}))
+        result, _ = run(job_in(tmp_path / "b"), monkeypatch, both)
+        assert (result.schemes, result.done) == (SCHEMES, "")
+
+
+def test_a_call_that_cannot_be_read_beside_others_is_told_why(tmp_path, monkeypatch):
+    mixed = calling(("predict", pin(0, 7)), ("measure", "{"), ("cut", {}))
+    _, server = run(job_in(tmp_path), monkeypatch, mixed, says(GOOD))
+    told = {
+        m["tool_call_id"]: json.loads(m["content"]) for m in server.requests[1]["messages"][3:]
+    }
+    assert told["call_predict_0"]["predicted_increase"] > 0
+    assert "Invalid JSON" in told["call_measure_1"]["error"]
+    assert "there is no tool 'cut'" in told["call_cut_2"]["error"]
 
 
 def test_more_than_is_left_and_what_is_far_worse_is_not_measured(tmp_path, monkeypatch):
@@ -482,6 +549,14 @@ def test_a_replay_makes_no_call_and_gives_the_same_schemes(tmp_path, monkeypatch
         assert "has no replies" in replayed.error
 
 
+def test_the_replay_of_a_scheme_that_every_measurement_changed_is_refused_with_why(tmp_path):
+    path = transcript_path(tmp_path / "proxy", 2, 1)
+    append_exchange(path, LLMExchange({}, GOOD, None, TokenUsage(), 1.0, version=2))
+    told = r"changes of a scheme that every measurement changed.*\(version 2 .* 3 now\).*no answer"
+    with pytest.raises(ProxyError, match=told):
+        check_proxy(ProxyConfig(replay=str(tmp_path)))
+
+
 def test_the_replay_of_whole_schemes_is_refused_with_why(tmp_path):
     path = transcript_path(tmp_path / "proxy", 2, 1)
     exchange = LLMExchange({}, '{"schemes": []}', None, TokenUsage(), 1.0)
@@ -490,7 +565,7 @@ def test_the_replay_of_whole_schemes_is_refused_with_why(tmp_path):
     for later in ("calls", "status", "turn", "number", "version"):  # as 0.1.0 wrote it
         del line[later]
     path.write_text(json.dumps(line) + "\n")
-    with pytest.raises(ProxyError, match=r"asked for whole schemes \(version 1 .*no answer"):
+    with pytest.raises(ProxyError, match=r"asked for whole schemes, .*\(version 1 .*no answer"):
         check_proxy(ProxyConfig(replay=str(tmp_path)))
 
 
