@@ -184,7 +184,8 @@ def _check_sources(command: Any, *, checks_paths: bool) -> None:
             found += [check_input(command.model_dir, MODEL)]
         elif base := getattr(command, "source", None) or command.config.model.base:
             found += [check_base(base)]
-        if not all(found) or (checks_paths and not _may_be_finished(command)):
+        looks_at_images = getattr(command, "data", None) is not None
+        if not all(found) or (checks_paths and looks_at_images and not _may_be_finished(command)):
             command.check_paths()
 
 
