@@ -40,6 +40,7 @@ from tdc_ray.models.structure import units_for
 from tdc_ray.models.text_encoder import encode_prompts, text_encoder_digest
 from tdc_ray.models.units import keep_everything
 from tdc_ray.runs.pretrained.sources import resolve_base
+from tdc_ray.runs.results import load_results
 from tests.small import TINY, random_unet
 
 pytest.importorskip("transformers")
@@ -364,6 +365,25 @@ def test_code_that_lies_with_a_text_encoder_is_not_run(pipeline, monkeypatch):
     with pytest.raises(CheckpointError):
         encode_prompts(pipeline, PROMPTS, (16, 16))
     assert told["trust_remote_code"] is False
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_training_free_experts_of_it_take_0_8_of_its_macs_by_one_command(
+    ray_cluster, pipeline, tmp_path
+):
+    command = ["run", "--base", str(pipeline), "--data", "base", "--finetune.num-steps", "0"]
+    command += ["--plan.schedule", "measured", "--plan.mean-macs-share", "0.8"]
+    command += ["--data.prompts", str(pipeline.parent / "prompts.txt"), *FEW]
+    command += ["--plan.num-groups", "2", "--evaluate.num-images", "8"]
+    command += ["--prune.held-out-share", "0.25", "--evaluate.features", "none"]
+    command += ["--run-dir", str(tmp_path), "--evaluate.cache-dir", str(tmp_path / "cache")]
+    assert run_command(command) == 0
+    results = load_results(tmp_path / "results.json")
+    assert results.tdc.train_macs == results.base.train_macs == 0
+    assert 0.7 * results.base.macs < results.tdc.macs <= 0.8 * results.base.macs
+    denoiser = ExpertDenoiser.from_pretrained(tmp_path / "experts")
+    assert len(denoiser.experts) == len(results.groups)
 
 
 @pytest.mark.ray
