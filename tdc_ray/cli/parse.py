@@ -141,7 +141,7 @@ def _parsed(arguments: Sequence[str], *, checks_paths: bool) -> Command:
         check_values(arguments, named)
     reading = _first_reading(arguments)
     if not _asks_for_help(arguments):
-        _check_sources(reading, checks_paths=checks_paths)
+        _check_sources(reading, arguments, checks_paths=checks_paths)
     commands = _commands(_defaults(arguments, reading))
     flags = ["--help" if argument == HELP_ALL else argument for argument in arguments]
     command: Command
@@ -163,7 +163,7 @@ def _parsed(arguments: Sequence[str], *, checks_paths: bool) -> Command:
     return _with_own_run_dir(command, arguments)
 
 
-def _check_sources(command: Any, *, checks_paths: bool) -> None:
+def _check_sources(command: Any, arguments: Sequence[str], *, checks_paths: bool) -> None:
     """Refuse images, a base or a model that are not there, with all other paths that are not.
 
     What the settings are by default follows from them, so that the settings are not checked. And
@@ -171,13 +171,16 @@ def _check_sources(command: Any, *, checks_paths: bool) -> None:
 
     Args:
         command: What ``_first_reading`` returned.
+        arguments: The command line.
         checks_paths: Whether all other paths are looked for in any case.
 
     Raises:
-        ConfigError: One does not exist.
+        ConfigError: One does not exist, or images are named twice.
     """
     if command is None:
         return
+    if getattr(command, "data", None) is not None and "data.path" in _given(arguments):
+        raise ConfigError("give --data or --data.path, not both.")
     with errors_together():
         found = [check_named_data("--data", getattr(command, "data", None))]
         if isinstance(command, PruneCommand):
@@ -310,8 +313,6 @@ def _defaults(arguments: Sequence[str], command: Any) -> RunConfig:
             if source
             else config
         )
-    if "data.path" in _given(arguments):
-        raise ConfigError("give --data or --data.path, not both.")
     if data == BASE_SAMPLES and not source:
         raise ConfigError(
             "--data base draws images from a base that is given: name it by --base, or name "

@@ -267,7 +267,7 @@ def test_a_scheduler_is_named_by_the_flag_that_errors_name(tmp_path, command):
     assert right in done.stderr
 
 
-@pytest.mark.parametrize("name", _commands(preset("digits")))
+@pytest.mark.parametrize("name", ["run", "sweep", "sample", "score", "train-autoencoder"])
 def test_every_flag_is_known_by_its_name(name, capsys):
     with pytest.raises(SystemExit):
         run_command([name, "--help-all"])

@@ -98,7 +98,9 @@ def test_ddpm_is_trained_as_its_paper_says(name, rate, batch, dropout, source, n
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones():
-    with pytest.raises(ConfigError, match=r"--preset .*digits.*cifar10.*, got cifar\."):
+    with pytest.raises(
+        ConfigError, match=r"--preset .*digits.*cifar10.*, got cifar: did you mean cifar10"
+    ):
         preset("cifar")
 
 

@@ -295,7 +295,7 @@ def test_an_error_of_epsilon_is_told_by_that_of_the_output(kind):
     ("sampler", "words"),
     [
         ({"sampler": "pndm", "spacing": "linspace"}, "PNDMScheduler cannot sample a network that"),
-        ({"scheduler": "PNDMScheduler"}, "cannot sample a network that predicts sample, use DDIM"),
+        ({"scheduler": "PNDMScheduler"}, "predicts sample with these settings, use DDIMScheduler"),
     ],
 )
 def test_schedulers_that_cannot_convert_an_image_are_refused_before_work_starts(sampler, words):

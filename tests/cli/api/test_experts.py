@@ -99,6 +99,8 @@ def test_a_spoilt_description_is_one_clear_error(experts, tmp_path, change, erro
 
 def test_a_folder_without_experts_is_refused(experts, tmp_path):
     experts.to_pipeline().save_pretrained(tmp_path / "pipeline")  # without the base
-    for place in (tmp_path, tmp_path / "pipeline", tmp_path / "nowhere"):
+    for place in (tmp_path, tmp_path / "pipeline"):
         with pytest.raises(CheckpointError, match="holds no experts and their base"):
             tdc.load_experts(place)
+    with pytest.raises(CheckpointError, match="nowhere does not exist"):
+        tdc.load_experts(tmp_path / "nowhere")
