@@ -20,7 +20,8 @@ RESUMABLE = ("run", "sweep", "prune", "train-autoencoder")
 
 def main() -> None:
     """Run the command line and exit."""
-    signal.signal(signal.SIGINT, _end_at_once)  # until all is imported that a better way takes
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
+        signal.signal(signal.SIGINT, _end_at_once)  # until all is imported that a better way takes
     from tdc_ray.execution.interrupts import handle_interrupts, ignore_interrupts, received_signal
 
     handle_interrupts(_say_interrupted)
