@@ -52,6 +52,7 @@ from common import Flags, base_of, claim, commits_of, parse_flags
 from loss_after_pruning import search_of
 from numpy.typing import NDArray
 from output import write_record, write_table
+from proxy_cost import offline_again
 
 from tdc_ray.config.prune import ProxyMethod
 from tdc_ray.execution.chain import Chain, run_chain
@@ -65,7 +66,7 @@ from tdc_ray.pruning.loaded_base import LoadedBase, load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.noised import Purpose, noised_indices, run_all
 from tdc_ray.pruning.predictor import Predictor
-from tdc_ray.pruning.proxies.offline import offline_proxy, propose_offline
+from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Proxy, Round
 from tdc_ray.pruning.result import SearchCost, SearchResult
 from tdc_ray.pruning.search import search_submodel
@@ -188,13 +189,6 @@ IGNORANT: Mapping[PartnerName, Partner] = {
     "greedy": greedily,
     "nonsense": nonsensically,
 }
-
-
-def offline_again(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
-    """Have measured what the offline proxy proposes next, in the place of a partner."""
-    del search, cost
-    schemes = propose_offline(round_.request, round_.memory)
-    yield from round_.measure([Proposal("llm", scheme) for scheme in schemes])
 
 
 def distance_held_out(base: LoadedBase, kept: KeptIndices) -> float:

@@ -1,21 +1,28 @@
 """What a proxy's proposals took, and what they gain over the offline proxy's."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
-from tdc_ray.config.prune import PruneConfig
-from tdc_ray.pruning.result import SearchResult, schemes_by_source
+from tdc_ray.config.prune import ProxyMethod
+from tdc_ray.execution.chain import Chain
+from tdc_ray.pruning.group import GroupSearch
+from tdc_ray.pruning.proxies.offline import offline_proxy, propose_offline
+from tdc_ray.pruning.proxy import Proposal, Proxy, Round
+from tdc_ray.pruning.result import SearchCost, SearchResult, schemes_by_source
 from tdc_ray.pruning.tasks.candidates import FINAL
 
 
-def offline_at_equal_measurements(prune: PruneConfig) -> PruneConfig:
-    """Return the offline proxy's settings with as many measurements as a search has in all.
+def offline_again(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
+    """Have measured what the offline proxy proposes next, in the place of a partner."""
+    del search, cost
+    schemes = propose_offline(round_.request, round_.memory)
+    yield from round_.measure([Proposal("llm", scheme) for scheme in schemes])
 
-    A language model has its own beside the offline proxy's, so that is twice as many.
-    """
-    return replace(prune, method="offline", num_candidates=prune.max_per_round)
+
+ALONE: Mapping[ProxyMethod, Proxy] = {"offline": offline_proxy, "llm": offline_again}
+"""The offline proxy in the language model's place, too: it sees what a model sees, and has as many
+measurements and as many finalists."""
 
 
 def excess_loss(result: SearchResult) -> float:

@@ -7,8 +7,8 @@ Five rounds of three prunings of the base to 0.7 F on all timesteps; mean and st
 the loss in every round, after pruning and after the refit, over the candidates of all seeds.
 `--proxy llm --llm.model NAME` asks a language model beside the offline proxy; the table's note
 then has its tokens, their price, and what the best scheme gains over the offline proxy's at equal
-measurements, twice as many of that one alone, on held-out images and noise. What any model could
-gain: partner_bound.py.
+measurements and finalists, with that one in the model's place, on held-out images and noise. What
+any model could gain: partner_bound.py.
 
 Hardware and hours: `digits` takes about 2 minutes a seed on 2 CPU cores.
 
@@ -20,11 +20,11 @@ from dataclasses import replace
 
 from common import ProxyFlags, base_of, commits_of, parse_flags, workers
 from output import mean_and_spread, plot_lines, write_record, write_table
-from proxy_cost import offline_at_equal_measurements, proxy_cost, proxy_note
+from proxy_cost import ALONE, proxy_cost, proxy_note
 from stages import all_timesteps
 
-from tdc_ray.config.prune import ProxyMethod
 from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.proxies.registry import PROXIES
 from tdc_ray.pruning.result import SearchResult
 from tdc_ray.pruning.search import search_submodel
 
@@ -36,21 +36,20 @@ def main(flags: ProxyFlags) -> None:
     """Search with all seeds; write table and plot."""
     folder = flags.storage / f"proxy_stability-{flags.preset}-{flags.proxy}"
     chains = {}
-    methods: list[ProxyMethod] = ["offline"] if flags.proxy == "offline" else ["llm", "offline"]
+    searches = {"": PROXIES} if flags.proxy == "offline" else {"": PROXIES, "offline": ALONE}
     for seed in flags.seeds:
         config = flags.config(seed)
         base = base_of(flags, seed)
-        own = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
-        for method in methods:
-            root = folder / f"seed-{seed}" / ("" if method == flags.proxy else method)
-            prune = own if method == flags.proxy else offline_at_equal_measurements(own)
+        prune = replace(config.prune, num_rounds=NUM_ROUNDS, num_candidates=NUM_CANDIDATES)
+        for name, proxies in searches.items():
+            root = folder / f"seed-{seed}" / name
             task = all_timesteps(replace(config, prune=prune), base, root, MACS_SHARE)
             memory = MemoryBank(task.context.run_dir.memory)
-            chains[f"{method} {seed}"] = search_submodel(task, memory)
+            chains[f"{name} {seed}"] = search_submodel(task, memory, proxies)
     with workers(flags.config(flags.seeds[0]), folder, flags.store) as pool:
         all_found: dict[str, SearchResult] = pool.run(chains)
-    found = {seed: all_found[f"{flags.proxy} {seed}"] for seed in flags.seeds}
-    offline = [all_found[f"offline {seed}"] for seed in flags.seeds]
+    found = {seed: all_found[f" {seed}"] for seed in flags.seeds}
+    offline = [all_found[f"{list(searches)[-1]} {seed}"] for seed in flags.seeds]
     losses: dict[str, dict[int, list[float]]] = {"after the cut": {}, "after the refit": {}}
     for choice in found.values():
         for candidate in choice.candidates:

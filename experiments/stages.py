@@ -11,7 +11,7 @@ from common import claim
 from tdc_ray.config.run import RunConfig, with_absolute_paths
 from tdc_ray.config.train import FinetuneConfig
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE
-from tdc_ray.diffusion.plan import TimestepGroup, one_group, plan_groups
+from tdc_ray.diffusion.plan import Plan, TimestepGroup, one_group, plan_groups
 from tdc_ray.errors import ConfigError
 from tdc_ray.execution.chain import Chain, results_of
 from tdc_ray.execution.ray.pool import Pool
@@ -120,17 +120,26 @@ def _score(run_dir: RunDir, config: RunConfig, spec: FeatureSpec, model: Model) 
     return score(run_dir, results).score
 
 
-def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
-    """Run stage 2 of a run: all experts from a base, as in a run, without scores."""
-    claim(root, config)
+def searches_of(
+    pool: Pool, config: RunConfig, base: Path, run_dir: RunDir
+) -> tuple[Plan, list[GroupSearch]]:
+    """Return the plan of a run whose base is there, with its limits, and its groups' searches."""
+    claim(run_dir.root, config)
     plan = plan_groups(config.diffusion, config.plan, config.sampler)
-    run_dir = RunDir(root.resolve(), base.resolve())
-    space, memory = space_of(unet_config(base), config.prune.space), MemoryBank(run_dir.memory)
+    space = space_of(unet_config(base), config.prune.space)
     context = pruning_context(run_dir, config, models_all_groups=config.measures_limits)
     tasks = group_searches(context, space, plan.groups)
     if config.measures_limits:
         plan = pool.run({"limits": measured_plan(plan, tasks)})["limits"]
         tasks = group_searches(context, space, plan.groups)
+    return plan, tasks
+
+
+def experts_of(pool: Pool, config: RunConfig, base: Path, root: Path) -> Model:
+    """Run stage 2 of a run: all experts from a base, as in a run, without scores."""
+    run_dir = RunDir(root.resolve(), base.resolve())
+    plan, tasks = searches_of(pool, config, base, run_dir)
+    memory = MemoryBank(run_dir.memory)
     done = pool.run(
         {task.name: make_expert(task, memory, config.finetune, config.compute) for task in tasks}
     )

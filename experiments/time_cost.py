@@ -6,10 +6,10 @@
 One run of TDC per seed; its seconds by stage, summed over workers: waiting for the proxy,
 measuring for it (sensitivities, refits, candidates), fine-tuning, everything. `--proxy llm
 --llm.model NAME` asks a language model; the table's note then has its tokens, their price, and
-what its experts gain over the offline proxy's before the fine-tune, at equal measurements (twice
-as many of that one alone). Two rows more: what it takes to choose a network for every sampling
-step at 0.6 F, by `tdc-ray schedule` and by a predictor and evolution in the manner of OMS-DPM
-(`step_schedules.py`), with the score of each.
+what its experts gain over the offline proxy's before the fine-tune, at equal measurements and
+finalists (that one in the model's place). Two rows more: what it takes to choose a network for
+every sampling step at 0.6 F, by `tdc-ray schedule` and by a predictor and evolution in the manner
+of OMS-DPM (`step_schedules.py`), with the score of each.
 
 Hardware and hours: `digits` takes about 30 minutes a seed on 2 CPU cores.
 
@@ -17,16 +17,21 @@ The paper (thousands of seconds, CIFAR-10): GPT-4 inference 0.078, fine-tuning 1
 OMS-DPM, which trains a predictor, more than 3800.
 """
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
-from statistics import mean
+from statistics import fmean
 
-from common import ProxyFlags, parse_flags, run_once
+from common import ProxyFlags, parse_flags, run_once, workers
 from output import mean_and_spread, paper_column, plot_bars, write_record, write_table
-from proxy_cost import offline_at_equal_measurements
+from proxy_cost import ALONE, excess_loss
+from stages import searches_of
 from step_schedules import Row, StepFlags, in_little, rows_of_run
 
-from tdc_ray.runs.results import GroupResult, Results
+from tdc_ray.config.run import with_absolute_paths
+from tdc_ray.pruning.memory import MemoryBank
+from tdc_ray.pruning.search import search_submodel
+from tdc_ray.runs.results import Results
+from tdc_ray.storage.run_dir import RunDir
 
 PAPER = {"cifar10": {"proxy": "78", "fine-tuning": "190,000", "total": "342,000"}}
 
@@ -48,18 +53,27 @@ def seconds_of(results: Results) -> dict[str, float]:
     return stages | {"total": sum(stages.values())}
 
 
-def gain_over_offline(flags: ProxyFlags, folder: Path, seed: int, results: Results) -> float:
-    """Return the mean excess loss of a run's refitted experts less that of the offline proxy's."""
-    config = flags.config(seed)
-    config = replace(config, prune=offline_at_equal_measurements(config.prune))
-    offline = run_once(config, folder / f"seed-{seed}-offline", flags.store)
+def excess_of_offline(flags: ProxyFlags, folder: Path, seed: int) -> float:
+    """Return the mean excess loss of a run's refitted experts with the offline proxy alone.
 
-    def excess(group: GroupResult) -> float:
-        loss = group.loss_cut if group.loss_refit is None else group.loss_refit
-        return loss - group.loss_base
+    It has as many measurements and finalists as the search by a model, in whose place it is, too.
+    """
+    config = with_absolute_paths(flags.config(seed))
+    root = folder / f"seed-{seed}-offline"
+    run_dir = RunDir(root.resolve(), (folder / f"seed-{seed}" / "base" / "unet").resolve())
+    with workers(config, root, flags.store) as pool:
+        _, tasks = searches_of(pool, config, run_dir.base_unet, run_dir)
+        memory = MemoryBank(run_dir.memory)
+        found = pool.run({task.name: search_submodel(task, memory, ALONE) for task in tasks})
+    return fmean(map(excess_loss, found.values()))
 
-    pairs = zip(results.groups, offline.groups, strict=True)
-    return mean(excess(one) - excess(other) for one, other in pairs)
+
+def excess_of_run(results: Results) -> float:
+    """Return the mean excess loss of a run's refitted experts."""
+    return fmean(
+        (group.loss_cut if group.loss_refit is None else group.loss_refit) - group.loss_base
+        for group in results.groups
+    )
 
 
 def steps_of(flags: ProxyFlags, folder: Path, seed: int) -> dict[str, Row]:
@@ -79,8 +93,8 @@ def main(flags: ProxyFlags) -> None:
         found.append(run_once(config, folder / f"seed-{seed}", flags.store))
     seconds, note, gain = [seconds_of(results) for results in found], "", None
     if flags.proxy == "llm":
-        gain = mean(
-            gain_over_offline(flags, folder, seed, one)
+        gain = fmean(
+            excess_of_run(one) - excess_of_offline(flags, folder, seed)
             for seed, one in zip(flags.seeds, found, strict=True)
         )
         prunes = [results.prune for results in found]
@@ -92,12 +106,12 @@ def main(flags: ProxyFlags) -> None:
         )
     paper = paper_column(PAPER, flags.preset)
     rows = [
-        [row, f"{mean(by[row] for by in seconds):,.2f}", paper.get(row, "-"), "-"]
+        [row, f"{fmean(by[row] for by in seconds):,.2f}", paper.get(row, "-"), "-"]
         for row in seconds[0]
     ]
     searched = [steps_of(flags, folder, seed) for seed in flags.seeds]
     for name in searched[0]:
-        took = f"{mean(by[name].seconds for by in searched):,.2f}"
+        took = f"{fmean(by[name].seconds for by in searched):,.2f}"
         scores = mean_and_spread([by[name].score for by in searched])
         rows.append([f"steps at {name}", took, "-", scores])
     columns = ["stage", "seconds", paper[""], found[0].metric]

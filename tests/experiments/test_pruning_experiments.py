@@ -94,6 +94,7 @@ def test_stability_tells_what_a_language_model_took_and_gained(storage, monkeypa
     assert cost["schemes"]["llm"] > 0
     assert cost["schemes"]["offline"] == 15
     assert cost["measured"] == cost["measured_offline"] == [30]
+    assert cost["finalists"] == cost["finalists_offline"] == [4]
     (loss,), (alone,) = cost["excess_loss"], cost["excess_loss_offline"]
     assert cost["difference"] == pytest.approx(loss - alone)
     note = (folder / "proxy_stability.md").read_text()
@@ -114,14 +115,17 @@ def test_time_cost_tells_what_a_language_model_took_and_gained(storage, monkeypa
     assert prune["completion_tokens"] == asked * USAGE["completion_tokens"]
     assert prune["proxy_cost"] == pytest.approx(5e-6 * prune["prompt_tokens"])
     assert prune["schemes"]["llm"] > 0
-    results = [load_results(folder / f"seed-0{end}" / "results.json") for end in ("", "-offline")]
-    measured = [sum(one.prune.schemes.values()) for one in results]
-    assert measured[0] == measured[1] == 2 * prune["schemes"]["offline"]
-    one, other = (
-        [group.loss_refit - group.loss_base for group in result.groups] for result in results
-    )
+    banks = [MemoryBank(RunDir(folder / f"seed-0{end}").memory) for end in ("", "-offline")]
+    measured, alone = (bank.all() for bank in banks)
+    assert len(measured) == len(alone) == 2 * prune["schemes"]["offline"]
+    groups = load_results(folder / "seed-0" / "results.json").groups
     gain = record["difference_from_offline"]
-    assert gain == pytest.approx(fmean(one) - fmean(other))
+    chosen = []
+    for group in groups:
+        finals = [e.final for e in alone if e.group == group.index and e.final is not None]
+        assert len(finals) == 4
+        chosen.append(min(finals, key=lambda final: final.rank).loss_refit)
+    assert gain == pytest.approx(fmean(group.loss_refit for group in groups) - fmean(chosen))
     note = (folder / "time_cost.md").read_text()
     assert f"{prune['prompt_tokens']:,} tokens of prompts" in note
     assert f"at equal measurements: {gain:+.3g}" in note
@@ -130,15 +134,12 @@ def test_time_cost_tells_what_a_language_model_took_and_gained(storage, monkeypa
 @pytest.mark.usefixtures("importable")
 def test_a_language_model_is_asked_as_its_flags_say():
     from common import ProxyFlags
-    from proxy_cost import offline_at_equal_measurements
     from tdc_pruners import PrunerFlags
 
     llm = ProxyConfig(model="qwen3", timeout_s=900.0)
     for flags in (ProxyFlags(proxy="llm", llm=llm), PrunerFlags(proxy="llm", llm=llm)):
         config = flags.config(0)
         assert (config.prune.method, config.proxy) == ("llm", llm)
-        alone = offline_at_equal_measurements(config.prune)
-        assert (alone.method, alone.max_candidates) == ("offline", config.prune.max_candidates)
     assert (flags.num_actors, flags.steps_share) == (1, 0.25)  # those of a sweep
 
 
@@ -202,7 +203,8 @@ def test_an_oracle_that_may_know_little_is_cut_off(tmp_path):
 
 @pytest.mark.usefixtures("importable")
 def test_twice_the_offline_measurements_have_as_many_finalists_as_a_partner(tmp_path):
-    from partner_bound import offline_again, randomly, scripted
+    from partner_bound import randomly, scripted
+    from proxy_cost import offline_again
 
     few = {"num_images": 16, "num_refit_images": 16, "num_rounds": 1, "num_candidates": 3}
     config = small_config(plan={"min_macs_share": 0.3}, prune={"method": "llm", **few})
@@ -218,21 +220,18 @@ def test_twice_the_offline_measurements_have_as_many_finalists_as_a_partner(tmp_
 
 @pytest.mark.usefixtures("importable")
 def test_tokens_money_and_gain_of_a_language_model_are_told(tmp_path):
-    from proxy_cost import offline_at_equal_measurements, proxy_cost, proxy_note
+    from proxy_cost import ALONE, proxy_cost, proxy_note
 
-    run_dir, proxies = (
-        make_run_dir(tmp_path),
-        {"offline": offline_proxy, "llm": language_model_proxy},
-    )
+    run_dir, results = make_run_dir(tmp_path), []
+    proxies = {"offline": offline_proxy, "llm": language_model_proxy}
     few = {"num_images": 32, "num_refit_images": 32, "num_rounds": 1, "num_candidates": 1}
     with serving(calling(("measure", {"distrust": [{"where": 0, "factor": 9}]}))) as server:
         llm = {"base_url": server.url, "price_per_million_prompt_tokens": 5.0}
         config = small_config(prune={"method": "llm", **few}, proxy=llm)
-        alone = replace(config, prune=offline_at_equal_measurements(config.prune))
-        found, offline = (
-            run_chain(search_submodel(task_of(run_dir, one), MemoryBank(tmp_path / name), proxies))
-            for one, name in ((config, "llm.jsonl"), (alone, "offline.jsonl"))
-        )
+        for name, partners in (("llm.jsonl", proxies), ("offline.jsonl", ALONE)):
+            search, memory = task_of(run_dir, config), MemoryBank(tmp_path / name)
+            results.append(run_chain(search_submodel(search, memory, partners)))
+    found, offline = results
     cost = proxy_cost([found], [offline])
     assert (cost["measured"], cost["measured_offline"]) == ([2], [2])
     assert cost["schemes"] == {"llm": 1, "offline": 1}
