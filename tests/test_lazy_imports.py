@@ -1,6 +1,7 @@
 """What a fresh process imports: ``--help``, ``plan``, ``ls`` and ``status`` start at once."""
 
 import json
+import os
 import pkgutil
 import subprocess
 import sys
@@ -57,15 +58,33 @@ def test_sampling_from_a_finished_run_imports_no_ray():
     assert "ray" not in found
 
 
+def imported(log: str) -> set[str]:
+    """Return the packages that Python's log of imports names."""
+    lines = [line for line in log.splitlines() if line.startswith("import time:")]
+    return {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in lines}
+
+
 def test_the_plan_command_imports_no_framework(tmp_path):
     arguments = ["plan", "--preset", "cifar10", "--out-dir", str(tmp_path)]
     command = [sys.executable, "-X", "importtime", "-m", "tdc_ray", *arguments]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
     assert (tmp_path / "plan.json").exists()
-    lines = [line for line in done.stderr.splitlines() if line.startswith("import time:")]
-    found = {line.rsplit("|", 1)[-1].strip().split(".")[0] for line in lines}
+    found = imported(done.stderr)
     assert {"tdc_ray", "numpy"} <= found
     assert not found & FRAMEWORKS
+
+
+@pytest.mark.parametrize("flag", ["--data", "--base"])
+def test_a_name_that_the_hub_has_not_is_refused_without_a_framework(tmp_path, flag):
+    arguments = ["run", flag, "my/pictures", "--run-dir", str(tmp_path / "run")]
+    command = [sys.executable, "-X", "importtime", "-m", "tdc_ray", *arguments]
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | nowhere
+    )
+    assert done.returncode == 1
+    assert "my/pictures is neither a" in done.stderr.splitlines()[-1]
+    assert not imported(done.stderr) & FRAMEWORKS
 
 
 def test_the_packages_names_are_loaded_when_they_are_first_used():

@@ -6,10 +6,12 @@ tyro would refuse them in Python's types, and without the choice that is meant.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from tyro import MISSING
 from tyro.conf import Positional, Suppress, arg
 from tyro.constructors import PrimitiveConstructorSpec
 
@@ -164,6 +166,31 @@ def words_without_flag(arguments: Sequence[str], command: Any) -> Iterator[str]:
         taken = taken_by(flag, command)
         if taken is not None and not taken.are_many:
             yield from values[bool(taken.words or taken.numbers) :]
+
+
+def missing_arguments(arguments: Sequence[str], command: Any) -> Iterator[str]:
+    """Yield what a command needs and a command line lacks, as far as that is known.
+
+    Args:
+        arguments: The command line.
+        command: The command that is named; what it needs is ``MISSING`` there.
+    """
+    given = list(_given(arguments))
+    before = len(list(takewhile(lambda word: not word.startswith("--"), arguments[1:])))
+    words = before + sum(
+        len(vs) - (_needs_value(flag, command) and bool(vs)) for flag, vs in given
+    )
+    for name, hint in _hints(command).items():
+        if getattr(command, name) is not MISSING:
+            continue
+        if not _is(hint, Positional):
+            flag = f"--{name}".replace("_", "-")
+            if flag not in dict(given):
+                yield flag
+        elif words:
+            words -= 1
+        elif get_origin(get_args(hint)[0]) is not tuple:  # else the command says how many
+            yield name.upper()
 
 
 def _hints(holder: Any) -> Mapping[str, Any]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from difflib import get_close_matches
 from typing import Any
 
-from tdc_ray.cli.flags import flags_of, has_arguments, words_without_flag
+from tdc_ray.cli.flags import flags_of, has_arguments, missing_arguments, words_without_flag
 from tdc_ray.config.presets import PRESETS
 from tdc_ray.config.validation import errors_together, meant, refuse
 from tdc_ray.errors import ConfigError
@@ -46,6 +46,8 @@ def check_command(arguments: Sequence[str], commands: Collection[str]) -> None:
 def check_names(arguments: Sequence[str], command: Any) -> None:
     """Refuse flags that there are not, and words that no flag takes, by what is meant.
 
+    What is missing is refused, too.
+
     Args:
         arguments: The command line.
         command: The command that is named, with any settings.
@@ -67,6 +69,9 @@ def check_names(arguments: Sequence[str], command: Any) -> None:
                 is_value = flag in known and not word.startswith("-")
                 hint = f": did you mean {flag} {word}?" if is_value else "."
                 refuse(f"tdc-ray {arguments[0]} takes flags alone, got {word}{hint}")
+        if missing := list(missing_arguments(arguments, command)):
+            needs = f"tdc-ray {arguments[0]} needs {' and '.join(missing)}"
+            refuse(f"{needs}: tdc-ray {arguments[0]} --help says what that is.")
 
 
 def _positive(flag: str) -> str:

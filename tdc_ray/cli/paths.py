@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 from tdc_ray.config.data import BASE_SAMPLES, BUNDLED, DataConfig
 from tdc_ray.config.evaluate import HUB_MODELS, EvaluateConfig
-from tdc_ray.config.hub import HUB_NAME, hub_base, hub_dataset
+from tdc_ray.config.hub import HUB_NAME, HUB_SECONDS, HubName, hub_base, hub_dataset, not_available
 from tdc_ray.config.model import FILE_KINDS, ModelConfig
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.validation import refuse
@@ -47,8 +48,10 @@ def check_base(source: str) -> bool:
             return found
         refuse(f"{path} does not exist.")
         return False
-    if _exists(source) or hub_base(source) is not None:
+    if _exists(source):
         return True
+    if (hub := hub_base(source)) is not None:
+        return _check_on_hub(source, hub, "model")
     refuse(f"{source} does not exist, and is no name on the hub (OWNER/NAME).")
     return False
 
@@ -139,7 +142,8 @@ def check_named_data(flag: str, source: str | None) -> bool:
     known = (*BUNDLED, BASE_SAMPLES)
     if source is None or source in known or _exists(source, flag):
         return True
-    if hub_dataset(source) is None:
+    hub = hub_dataset(source)
+    if hub is None:
         refuse(
             f"{flag} {source} does not exist, and is none of {', '.join(known)}, nor a data set "
             "on the Hugging Face hub (OWNER/NAME, OWNER/NAME@REVISION or OWNER/NAME:CONFIG)."
@@ -151,7 +155,7 @@ def check_named_data(flag: str, source: str | None) -> bool:
             "the library datasets is needed: pip install 'tdc-ray[datasets]'."
         )
         return False
-    return True
+    return _check_on_hub(f"{flag} {source}", hub, "dataset")
 
 
 def check_data(data: DataConfig) -> None:
@@ -172,6 +176,31 @@ def check_data(data: DataConfig) -> None:
     named = "the folder of a diffusers VQModel, AutoencoderKL or AutoencoderDC"
     _check_named("data.first_stage", data.first_stage, named)
     check_folder("--data.cache-dir", data.cache_dir)
+
+
+def _check_on_hub(named: str, hub: HubName, kind: Literal["model", "dataset"]) -> bool:
+    """Refuse what neither the hub nor its cache here has, or return whether one may have it."""
+    from huggingface_hub import HfApi, constants
+
+    try:
+        HfApi().repo_info(
+            hub.repository, revision=hub.revision, repo_type=kind, timeout=HUB_SECONDS
+        )
+    except Exception as error:  # noqa: BLE001  # of requests or httpx, by its version
+        caches = {
+            Path(constants.HF_HUB_CACHE): f"{kind}s--{hub.repository.replace('/', '--')}",
+            _datasets_cache(Path(constants.HF_HOME)): f"{hub.repository.partition('/')[0]}___*",
+        }
+        if any(any(cache.expanduser().glob(name)) for cache, name in caches.items()):
+            return True
+        refuse(not_available(named, kind, error))
+        return False
+    return True
+
+
+def _datasets_cache(home: Path) -> Path:
+    """Return where the library ``datasets`` keeps what it made."""
+    return Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets"))
 
 
 def _check_named(setting: str, path: str | None, kind: str) -> None:

@@ -2,10 +2,13 @@
 
 import re
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Literal, NamedTuple, Self
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 """Owner and name of a repository."""
+
+HUB_SECONDS = 10
+"""How long the hub has to answer whether it has something."""
 
 _REVISION = r"(?:@(\w[\w./-]*))?"
 _BASE = re.compile(f"({HUB_NAME.pattern}){_REVISION}")
@@ -58,6 +61,22 @@ def hub_dataset(name: str) -> HubName | None:
     if match is None or Path(match[1]).parent.exists():
         return None
     return HubName(match[1], match[2], match[3])
+
+
+def not_available(named: str, kind: Literal["model", "dataset"], error: Exception) -> str:
+    """Write that what is named is neither here nor on the hub, why, and the way out."""
+    lines = str(error).splitlines() or [type(error).__name__]
+    if kind == "model":
+        return (
+            f"{named} is neither a folder here nor available from the Hugging Face hub: "
+            f"{lines[0].rstrip('.')}. Download it where there is a network, and give its folder."
+        )
+    return (
+        f"{named} is neither a path here nor a data set that the Hugging Face hub gives now: "
+        f"{' '.join(' '.join(lines).split()).rstrip('.')}. Mend the name (OWNER/NAME, "
+        "OWNER/NAME@REVISION or OWNER/NAME:CONFIG), or save the data set where there is a "
+        "network, by its save_to_disk, and name that folder."
+    )
 
 
 def with_recorded_commit(name: str, before: str | None) -> str:

@@ -10,6 +10,7 @@ from tdc_ray.runs.results import (
     GroupResult,
     LossDifference,
     Results,
+    few_images_note,
     score_text,
 )
 from tdc_ray.storage.object_store import display_path
@@ -59,6 +60,10 @@ def conclusions(results: Results) -> list[str]:
             else "No data set was used: the losses are on the base's own images, not on what it "
             "was trained on."
         )
+    if evaluation.num_features is not None and (
+        few := few_images_note(evaluation.num_images, evaluation.num_features)
+    ):
+        lines.append(f"Note: {few} (--evaluate.num-images).")
     return lines + [f"Note: {note}" for note in results.prune.notes]
 
 

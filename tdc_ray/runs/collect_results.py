@@ -152,6 +152,7 @@ def collect_results(
             num_classes=num_classes,
             labels=_labels(config),
             guidance_scale=sampler.guidance_scale,
+            num_features=outcome.tdc.num_features,
             other_metrics=metrics_text(config.evaluate.num_images)
             if outcome.tdc.metrics
             else None,

@@ -187,6 +187,9 @@ class EvaluationResult:
     weights: str
     """The weights that were sampled from."""
 
+    num_features: int | None = None
+    """Features of an image. None where no image is scored, and in results of older versions."""
+
     precision: str = "fp32"
     """Precision of the denoisers' weights and computation."""
 
@@ -204,6 +207,16 @@ class EvaluationResult:
 
     first_stage: str | None = None
     """Digest of the frozen first stage that decoded the images; None in pixel space."""
+
+
+def few_images_note(num_images: int, num_features: int) -> str | None:
+    """Write what scores of so many images suffer from, if they are too few."""
+    if num_images > num_features:
+        return None
+    return (
+        f"{num_images} images are too few for the covariance of {num_features} features: the "
+        "score is far above that of more images"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

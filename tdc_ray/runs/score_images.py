@@ -25,6 +25,7 @@ from tdc_ray.runs.evaluation.evaluate import (
 )
 from tdc_ray.runs.evaluation.features import find_features
 from tdc_ray.runs.evaluation.metrics import distance, drawn
+from tdc_ray.runs.results import few_images_note
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
 from tdc_ray.storage.run_dir import RunDir
@@ -164,11 +165,8 @@ def score_images(path: Path, reference: Reference) -> ImageScore:
 def _notes(num_images: int, num_features: int, reference: Reference) -> Sequence[str]:
     """Write what makes the score differ from others: it falls with the number of images."""
     notes = []
-    if num_images <= num_features:
-        notes.append(
-            f"{num_images} images are too few for the covariance of {num_features} features: the "
-            "score is far above that of more images"
-        )
+    if note := few_images_note(num_images, num_features):
+        notes.append(note)
     theirs = reference.evaluate.num_images
     if reference.run_dir is not None and theirs != num_images:
         notes.append(

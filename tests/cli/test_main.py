@@ -249,6 +249,11 @@ def test_version_is_one_line(capsys):
         (["plan", "--model.architecture", "atuo"], "got atuo: did you mean auto?"),
         (["rum"], "there is no command rum: did you mean run?"),
         (["colour"], "there is no command colour. Commands: run, sweep, plan"),
+        (["sweep", "--seeds", "1", "2"], "tdc-ray sweep needs --vary: tdc-ray sweep --help says"),
+        (["prune", "--macs", "0.5"], "tdc-ray prune needs MODEL_DIR and --out"),
+        (["export", "run"], "tdc-ray export needs OUT:"),
+        (["schedule", "run"], "tdc-ray schedule needs --macs:"),
+        (["sample", "--num-images", "4", "--verbose"], "tdc-ray sample needs RUN:"),
     ],
 )
 def test_what_is_misspelt_gets_the_right_word(tmp_path, arguments, right):

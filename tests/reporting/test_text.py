@@ -56,6 +56,13 @@ def test_losses_in_place_of_scores_are_said_to_be_losses():
     assert "No image was scored" not in " ".join(conclusions(RESULTS))
 
 
+@pytest.mark.parametrize(("num_features", "is_said"), [(63, False), (64, True), (None, False)])
+def test_images_that_are_too_few_for_the_covariance_are_said_to_be(num_features, is_said):
+    evaluation = replace(RESULTS.evaluation, num_images=64, num_features=num_features)
+    text = " ".join(conclusions(replace(RESULTS, evaluation=evaluation)))
+    assert ("64 images are too few for the covariance of 64 features" in text) == is_said
+
+
 @pytest.mark.parametrize(
     ("seen", "said"),
     [

@@ -1,5 +1,6 @@
 """Images and bases on the Hugging Face hub: which commit a run takes, and keeps."""
 
+from contextlib import suppress
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -10,13 +11,14 @@ from PIL import Image
 
 from tdc_ray.cli.main import run_command
 from tdc_ray.cli.parse import parse
+from tdc_ray.cli.paths import check_named_data
 from tdc_ray.config.data import DataConfig
 from tdc_ray.config.hub import hub_base, hub_dataset, with_recorded_commit
 from tdc_ray.config.model import ModelConfig
 from tdc_ray.config.run import RunConfig, from_json, to_json, with_absolute_paths
 from tdc_ray.data.load import load_dataset, with_commit
 from tdc_ray.data.survey import images_summary
-from tdc_ray.errors import DataError
+from tdc_ray.errors import ConfigError, DataError
 from tdc_ray.runs.choices import with_choices, with_pretrained
 from tdc_ray.runs.pretrained.importer import import_base
 from tdc_ray.runs.pretrained.sources import resolve_base
@@ -103,6 +105,31 @@ def test_names_of_the_hub_have_a_revision():
 )
 def test_a_name_without_a_revision_gets_the_recorded_commit(name, before, expected):
     assert with_recorded_commit(name, before) == expected
+
+
+@pytest.mark.parametrize("arguments", [["run", "--data", "a/b"], ["run", "--base", "a/b"]])
+def test_what_the_hub_has_not_is_refused_before_work(server, tmp_path, arguments, capsys):
+    assert run_command([*arguments, "--dry-run"]) == 1
+    told = capsys.readouterr().err
+    assert "a/b is neither a" in told
+    assert len(told.splitlines()) == 1
+    server.commit(DATA, pictures(60))
+    server.commit(MODEL, pipeline(tmp_path / "p", beta_end=0.02))
+    assert run_command([*arguments, "--data", "a/b", "--dry-run"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "is_known"), [("a/b", True), ("a/other", True), ("other/b", False)]
+)
+def test_without_a_network_what_may_be_cached_is_let_through(server, monkeypatch, name, is_known):
+    server.commit(DATA, pictures(3))
+    monkeypatch.setenv("HF_DATASETS_CACHE", "datasets")
+    assert len(load_dataset(DataConfig(source="datasets", path="a/b"))) == 3
+    go_offline(monkeypatch)
+    with suppress(ConfigError):
+        assert check_named_data("--data", name) == is_known
+        return
+    assert not is_known
 
 
 def test_a_run_keeps_the_commit_of_its_images_wherever_it_is_resumed(server, monkeypatch):

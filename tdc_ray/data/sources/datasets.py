@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from tdc_ray.config.data import DataConfig
-from tdc_ray.config.hub import HubName, hub_dataset
+from tdc_ray.config.hub import HUB_SECONDS, HubName, hub_dataset, not_available
 from tdc_ray.data.sources.encoded import EncodedImages, Names, class_labels
 from tdc_ray.data.sources.image_file import Encoded, Member
 from tdc_ray.data.sources.imagefolder import caption_of
@@ -36,9 +36,6 @@ STATE, SPLITS = "state.json", "dataset_dict.json"
 
 INFO = "dataset_info.json"
 """Beside ``state.json``, which other tools write, too."""
-
-HUB_SECONDS = 10
-"""How long the hub has to answer whether there is a data set."""
 
 
 def open(config: DataConfig) -> "ArrowImages":
@@ -209,15 +206,10 @@ def _load(path: str, left_out: Counter[str]) -> tuple["Dataset", list[Path], str
     except DataError:
         raise
     except Exception as error:
+        if hub is not None:
+            raise DataError(not_available(f"data.path {path}", "dataset", error)) from error
         words = " ".join(str(error).split()).rstrip(".") or type(error).__name__
-        if hub is None:
-            raise DataError(f"data.path {path} cannot be read by datasets: {words}.") from error
-        raise DataError(
-            f"data.path {path} is neither a path here nor a data set that the Hugging Face hub "
-            f"gives now: {words}. Mend the name (OWNER/NAME, OWNER/NAME@REVISION or "
-            "OWNER/NAME:CONFIG), or save the data set where there is a network, by its "
-            "save_to_disk, and name that folder."
-        ) from error
+        raise DataError(f"data.path {path} cannot be read by datasets: {words}.") from error
 
 
 def _from_hub(hub: HubName, left_out: Counter[str]) -> tuple["Dataset", list[Path], str | None]:

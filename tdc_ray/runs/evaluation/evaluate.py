@@ -77,6 +77,9 @@ class Score:
     metrics: Mapping[str, float] = field(default_factory=dict)
     """Scores beside the Frechet distance, by their names."""
 
+    num_features: int | None = None
+    """Features of an image; None of held-out losses."""
+
 
 @dataclass(frozen=True, slots=True)
 class SampleResult:
@@ -278,6 +281,7 @@ def score(
         sum(shard.sampled.num_images for shard in shards) / seconds,
         seconds,
         {} if spec is None else _other_metrics(shards, spec, metrics),
+        len(moments.total),
     )
 
 

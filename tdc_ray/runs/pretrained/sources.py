@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin, VQModel
 from huggingface_hub import snapshot_download
 
 from tdc_ray.config.diffusion import EDM_FIELDS, BetaSchedule, PredictionType
-from tdc_ray.config.hub import hub_base
+from tdc_ray.config.hub import hub_base, not_available
 from tdc_ray.config.run import from_json
 from tdc_ray.config.sampler import BASE
 from tdc_ray.diffusion.samplers import EDM_SCHEDULERS, NEEDED, SETTING_OF, is_flow_class
@@ -660,11 +660,7 @@ def _from_hub(name: str) -> tuple[str, Path]:
             patterns = [lack + suffix for lack in lacking for suffix in (".json", ".safetensors")]
             snapshot_download(hub.repository, revision=commit, allow_patterns=patterns)
     except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{name} is neither a folder here nor available from the Hugging Face hub: "
-            f"{str(error).splitlines()[0].rstrip('.')}. Download it where there is a network, and "
-            "give its folder."
-        ) from error
+        raise CheckpointError(not_available(name, "model", error)) from error
     return str(hub.at(commit)), downloaded
 
 

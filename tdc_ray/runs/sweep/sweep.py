@@ -101,7 +101,68 @@ def sweep(
     """
     folder = resolve_path(folder).resolve()
     store = folder / STORE_DIR if store is None else resolve_path(store).resolve()
-    recorded = folder / CONFIG_FILE
+    if points is None and sweep_config.search == "grid":
+        points = grid(space)
+    num_settings = sweep_config.num_trials if points is None else len(points)
+    for name, value in TUNE_VARIABLES.items():
+        os.environ.setdefault(name, value)
+    with (
+        listening(sinks) as events,
+        Ticker(events, num_settings * len(sweep_config.seeds)) as ticker,
+    ):
+        config = _checked(config, space, sweep_config, points, folder / CONFIG_FILE)
+        with hold_lease(folder), connected(local_cpus(config.compute), dashboard=True):
+            compute = with_gpus(config.compute)
+            check_cluster(compute)
+            check_capacity(compute)
+            results = open_results(folder, config, space, sweep_config)
+            table = ticker.table = SweepTable(folder, config, results, events)
+            spec = TrialSpec(
+                folder=folder,
+                config=config,
+                store=store,
+                seeds=sweep_config.seeds,
+                stop_early=sweep_config.stop_early,
+                session=table.session,
+                sinks_for=sinks_for,
+            )
+            # Trials find them by name, while this list lives.
+            actors = [start_claim_registry(store)]
+            varied = space.get("prune.method")
+            if "llm" in (config.prune.method, *(varied.values if varied else ())):
+                gateway = partial(LLMGateway, config.proxy, folder)
+                actors.append(
+                    start_service(LLM_SERVICE, Service(gateway, config.proxy.max_concurrent))
+                )
+            if points is None:
+                _run_study(spec, table, space, sweep_config)
+            else:
+                _run_grid(spec, table, points, sweep_config)
+    failed = {row.name: str(row.error) for row in table.rows.values() if row.status == "failed"}
+    if failed:
+        raise WorkFailedError(failed)
+    return table.results
+
+
+def _checked(
+    config: RunConfig,
+    space: Mapping[str, Domain],
+    sweep_config: SweepConfig,
+    points: Sequence[Params] | None,
+    recorded: Path,
+) -> RunConfig:
+    """Complete the settings by what base and data bring, and check every trial's.
+
+    Args:
+        config: The settings of which some are varied.
+        space: What is varied.
+        sweep_config: How settings are searched.
+        points: Settings of a grid. None means that they are drawn.
+        recorded: File of the settings that an earlier call recorded.
+
+    Raises:
+        TdcError: A run could not work.
+    """
     config, pretrained = with_pretrained(with_absolute_paths(config), recorded)
     config = with_first_stage(config, pretrained)
     before = recorded_settings(recorded)
@@ -111,50 +172,11 @@ def sweep(
     if not any(name.startswith("model.") for name in space):
         config = replace(config, model=with_file(config.model))  # once for all trials
     check_space(space, config, sweep_config, points)
-    if points is None and sweep_config.search == "grid":
-        points = grid(space)
     _check_trials(config, space, sweep_config.seeds[0], points)
     if pretrained is not None:
         for note in base_notes(pretrained, config.diffusion, config.sampler):
             logger.warning("%s", note)
-    for name, value in TUNE_VARIABLES.items():
-        os.environ.setdefault(name, value)
-    num_settings = sweep_config.num_trials if points is None else len(points)
-    with (
-        hold_lease(folder),
-        listening(sinks) as events,
-        Ticker(events, num_settings * len(sweep_config.seeds)) as ticker,
-        connected(local_cpus(config.compute), dashboard=True),
-    ):
-        compute = with_gpus(config.compute)
-        check_cluster(compute)
-        check_capacity(compute)
-        results = open_results(folder, config, space, sweep_config)
-        table = ticker.table = SweepTable(folder, config, results, events)
-        spec = TrialSpec(
-            folder=folder,
-            config=config,
-            store=store,
-            seeds=sweep_config.seeds,
-            stop_early=sweep_config.stop_early,
-            session=table.session,
-            sinks_for=sinks_for,
-        )
-        actors = [start_claim_registry(store)]  # trials find them by name, while this list lives
-        varied = space.get("prune.method")
-        if "llm" in (config.prune.method, *(varied.values if varied else ())):
-            gateway = partial(LLMGateway, config.proxy, folder)
-            actors.append(
-                start_service(LLM_SERVICE, Service(gateway, config.proxy.max_concurrent))
-            )
-        if points is None:
-            _run_study(spec, table, space, sweep_config)
-        else:
-            _run_grid(spec, table, points, sweep_config)
-    failed = {row.name: str(row.error) for row in table.rows.values() if row.status == "failed"}
-    if failed:
-        raise WorkFailedError(failed)
-    return table.results
+    return config
 
 
 def _check_trials(

@@ -7,10 +7,15 @@ from types import SimpleNamespace
 import pytest
 from rich.console import Console
 
+from tdc_ray.config.presets import preset
+from tdc_ray.config.sweep import SweepConfig
+from tdc_ray.errors import ConfigError
 from tdc_ray.execution.events import listening
 from tdc_ray.reporting.progress import SweepLine
+from tdc_ray.runs.sweep import sweep as sweeping
 from tdc_ray.runs.sweep import ticker
 from tdc_ray.runs.sweep.results import SweepProgress
+from tdc_ray.runs.sweep.space import Choices
 from tdc_ray.runs.sweep.table import started_row
 from tdc_ray.runs.sweep.ticker import Ticker
 
@@ -64,3 +69,18 @@ def test_in_a_terminal_it_is_a_line_that_stays(text, caplog):
         time.sleep(0.3)  # some frames
     assert text in file.getvalue()
     assert not caplog.messages
+
+
+def test_something_is_said_while_settings_are_checked(tmp_path, monkeypatch):
+    def check(*_: object) -> None:
+        time.sleep(0.2)
+        raise ConfigError("such")
+
+    monkeypatch.setattr(ticker, "SECONDS_BETWEEN_EVENTS", 0.05)
+    monkeypatch.setattr(sweeping, "_check_trials", check)
+    seen: list[object] = []
+    space = {"plan.num_groups": Choices((2, 4))}
+    with pytest.raises(ConfigError, match="such"):
+        sweeping.sweep(preset("digits-smoke"), space, SweepConfig(), tmp_path, sinks=[seen.append])
+    assert isinstance(seen[0], SweepProgress)
+    assert seen[0].num_runs == 2
