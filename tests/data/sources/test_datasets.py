@@ -211,7 +211,7 @@ def test_without_a_network_a_name_on_the_hub_is_one_clear_error_at_once(
 ):
     asked = []
     monkeypatch.setattr("datasets.load_dataset", asked.append)  # which would ask for 28 s
-    with pytest.raises(DataError, match="data.path ylecun/mnist is neither a path here nor"):
+    with pytest.raises(DataError, match=r"data\.path ylecun/mnist is neither a path here nor"):
         load_dataset(DataConfig(source="datasets", path="ylecun/mnist"))
     assert not asked
     assert run_command(["run", "--data", "ylecun/mnist"]) == 1
