@@ -1,6 +1,7 @@
 """How much could any partner of the search gain over the offline proxy?
 
     python experiments/partner_bound.py --preset digits --schedule None
+    python experiments/partner_bound.py --partners "language model" --llm.model NAME
     python experiments/partner_bound.py --smoke
 
 A base is pruned to 0.7 F by partners that answer as a language model does, with changes of the
@@ -16,6 +17,8 @@ sees what a partner sees and has as many measurements and as many finalists. The
   finalists are chosen by, with noise of its own.
 - `oracle of the judge` knows for free every scheme's loss on the very images and noise of the
   verdict.
+
+`language model` asks one, as `--llm.*` says, in place of a script.
 
 In every round an oracle starts at the best scheme that it knows, one of the offline proxy's at
 first, and takes a change that is better by what it knows, again and again, the likeliest by the
@@ -41,7 +44,7 @@ The paper has no such table.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import permutations
 from pathlib import Path
 from statistics import mean
@@ -54,7 +57,9 @@ from numpy.typing import NDArray
 from output import write_record, write_table
 from proxy_cost import offline_again
 
+from tdc_ray.config.proxy import ProxyConfig
 from tdc_ray.config.prune import ProxyMethod
+from tdc_ray.config.run import RunConfig
 from tdc_ray.execution.chain import Chain, run_chain
 from tdc_ray.models.units import KeptIndices
 from tdc_ray.pruning.changes import Bound, Change, Distrust, Move, Planner
@@ -66,6 +71,7 @@ from tdc_ray.pruning.loaded_base import LoadedBase, load_base, prune_and_refit
 from tdc_ray.pruning.memory import MemoryBank
 from tdc_ray.pruning.noised import Purpose, noised_indices, run_all
 from tdc_ray.pruning.predictor import Predictor
+from tdc_ray.pruning.proxies.language_model import language_model_proxy
 from tdc_ray.pruning.proxies.offline import offline_proxy
 from tdc_ray.pruning.proxy import Proposal, ProposalRequest, Proxy, Round
 from tdc_ray.pruning.result import SearchCost, SearchResult
@@ -90,7 +96,8 @@ ByImage = NDArray[np.float64]
 
 TWICE = "offline, twice the measurements"
 
-PartnerName = Literal["random", "greedy", "nonsense", "oracle", "oracle of the judge"]
+ScriptedName = Literal["random", "greedy", "nonsense", "oracle", "oracle of the judge"]
+PartnerName = Literal[ScriptedName, "language model"]
 
 Partner = Callable[[Round, Planner, np.random.Generator], Change]
 """Suggests changes for one measurement."""
@@ -127,8 +134,14 @@ class PartnerFlags(Flags):
     """Measurements of a round."""
     num_known: int = 250
     """Schemes that an oracle may come to know in a round."""
-    partners: tuple[PartnerName, ...] = get_args(PartnerName)
+    partners: tuple[PartnerName, ...] = get_args(ScriptedName)
     """Which partners; the oracles take nearly all of the time."""
+    llm: ProxyConfig = field(default_factory=ProxyConfig)
+    """The language model, if it is one of the partners."""
+
+    def config(self, seed: int) -> RunConfig:
+        """Return the preset's settings for one seed and this language model."""
+        return replace(super().config(seed), proxy=self.llm)
 
 
 def randomly(round_: Round, planner: Planner, draw: np.random.Generator) -> Change:
@@ -379,6 +392,9 @@ def search_by_all(flags: PartnerFlags, seed: int, setting: str) -> list[dict[str
     searched(TWICE, offline_again)
     few, many = (SMOKE_IMAGES, 4 * SMOKE_IMAGES) if flags.smoke else (NUM_TRUE, NUM_JUDGED)
     for name in flags.partners:
+        if name == "language model":
+            searched(name, language_model_proxy)
+            continue
         if name in IGNORANT:
             searched(name, scripted(IGNORANT[name], seed))
             continue
