@@ -18,7 +18,7 @@ from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.execution.events import EventSink, Reported
 from tdc_ray.execution.item import Report
 from tdc_ray.models.families import build_network
-from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig, image_size
+from tdc_ray.models.network_config import NetworkConfig, image_size
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -33,7 +33,7 @@ from tdc_ray.storage.run_dir import RunDir
 TINY: NetworkConfig = architecture("tiny")
 
 TINY_DIT: NetworkConfig = {
-    "_class_name": DIT_CLASS,
+    "_class_name": "DiTTransformer2DModel",
     "num_attention_heads": 4,
     "attention_head_dim": 8,
     "in_channels": 1,

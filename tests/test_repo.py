@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tdc_ray.cli.parse import parse
+from tdc_ray.models.transformers.table import TRANSFORMERS
 
 ROOT = Path(__file__).parents[1]
 LISTED = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -48,6 +49,17 @@ def test_every_setting_that_a_page_names_exists(page):
     for flag in re.findall(r"`(--[a-z]+\.[a-z-]+)[ `]", (ROOT / page).read_text()):
         stage, name = flag.removeprefix("--").split(".")
         assert hasattr(getattr(config, stage), name.removeprefix("no-").replace("-", "_")), flag
+
+
+@pytest.mark.parametrize("name", TRANSFORMERS)
+def test_a_class_of_transformers_is_one_file_and_its_row(name):
+    sources = {path: path.read_text() for path in (ROOT / "tdc_ray").rglob("*.py")}
+    (own,) = [path for path, text in sources.items() if f'"{name}"' in text]
+    assert own.parent == ROOT / "tdc_ray/models/transformers"
+    importing = [path for path, text in sources.items() if f"transformers.{own.stem} " in text]
+    assert {path.name for path in importing} <= {"table.py", "config_file.py"}  # DiT's settings
+    if name.startswith("Sana"):  # the fourth
+        assert len(sources[own].splitlines()) <= 150
 
 
 def test_the_readme_is_short_and_leads_to_every_page():

@@ -24,7 +24,7 @@ from tdc_ray.config.train import Precision
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
 from tdc_ray.diffusion.process import noise_schedule
 from tdc_ray.models.families import build_network, family_of
-from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import architecture, base_unet
 from tdc_ray.models.unet2d.surgery import cut
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
@@ -151,7 +151,7 @@ def measuring(flags: SpeedFlags) -> list[Row]:
 
 
 DIT: NetworkConfig = {  # DiT-S (arXiv:2212.09748) of ten blocks
-    "_class_name": DIT_CLASS,
+    "_class_name": "DiTTransformer2DModel",
     "num_attention_heads": 6,
     "attention_head_dim": 64,
     "in_channels": 4,

@@ -16,10 +16,9 @@ from tdc_ray.errors import ConfigError
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     DEFAULT_CLASS,
-    DIT_CLASS,
     class_name,
 )
-from tdc_ray.models.transformers.dit import DiTSettings
+from tdc_ray.models.transformers.dit import DIT, DiTSettings
 from tdc_ray.models.unet2d.config_file import HEADS_FILE, UNetConfigFile
 from tdc_ray.models.unet2d_condition.config_file import UNetConditionConfigFile
 from tdc_ray.storage.files import exists, read_bytes, read_json
@@ -30,7 +29,7 @@ LARGEST_FILE = 1_000_000
 
 FILES: Mapping[str, type[BaseModel]] = {
     "UNet2DModel": UNetConfigFile,
-    DIT_CLASS: DiTSettings,
+    DIT.name: DiTSettings,
     CONDITION_CLASS: UNetConditionConfigFile,
 }
 """By the network's class, the types and ranges of its settings."""

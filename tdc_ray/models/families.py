@@ -4,12 +4,14 @@ Those of diffusers' classes without a row are traced (``models.traced``); any ot
 ``UnsupportedModelError`` everywhere here.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
@@ -20,11 +22,6 @@ from tdc_ray.models.diffusers_folder import MALFORMED, load_pretrained
 from tdc_ray.models.labels import Captions, Labels
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
-    DEFAULT_CLASS,
-    DIT_CLASS,
-    PIXART_CLASS,
-    SANA_CLASS,
-    SD3_CLASS,
     CaptionShapes,
     NetworkConfig,
     class_name,
@@ -139,10 +136,6 @@ FAMILIES: Mapping[str, Family] = {
     ),
 }
 """Rows by the network's class."""
-
-
-BASES = (DEFAULT_CLASS, DIT_CLASS, CONDITION_CLASS, PIXART_CLASS, SD3_CLASS, SANA_CLASS)
-"""Classes of networks that commands can make experts of."""
 
 
 def family_of(network: Denoiser) -> Family:
@@ -260,10 +253,15 @@ def check_class(kind: str, where: str) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    if kind not in BASES and (kind in FAMILIES or not takes_images_alone(kind)):
+    if kind not in FAMILIES and not takes_images_alone(kind):
         raise ConfigError(
-            f"{where} a {kind}: only a {' or '.join(BASES)} can be a base or be pruned."
+            f"{where} a {kind}: only a {' or '.join(FAMILIES)} can be a base or be pruned."
         )
+
+
+def takes_dropout(kind: str) -> bool:
+    """Whether diffusers' class of a name can be built with dropout."""
+    return "dropout" in inspect.signature(getattr(diffusers, kind)).parameters
 
 
 def check_buildable(config: NetworkConfig, name: str) -> None:

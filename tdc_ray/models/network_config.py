@@ -8,9 +8,7 @@ from tdc_ray.errors import UnsupportedModelError
 DEFAULT_CLASS = "UNet2DModel"
 """The class of a network whose config names none."""
 
-DIT_CLASS, PIXART_CLASS = "DiTTransformer2DModel", "PixArtTransformer2DModel"
-SD3_CLASS, CONDITION_CLASS = "SD3Transformer2DModel", "UNet2DConditionModel"
-SANA_CLASS = "SanaTransformer2DModel"
+CONDITION_CLASS = "UNet2DConditionModel"
 
 STATES = "encoder_hidden_states"
 """What all networks that read captions read, beside what one or another does: a state of each
@@ -107,8 +105,8 @@ def class_name(config: Mapping[str, Any]) -> str:
     name = str(config.get("_class_name", DEFAULT_CLASS))
     if name != "Transformer2DModel":
         return name
-    by_norm = {"ada_norm_zero": DIT_CLASS, "ada_norm_single": PIXART_CLASS}
-    return by_norm.get(str(config.get("norm_type")), name)
+    by_norm = {"ada_norm_zero": "DiT", "ada_norm_single": "PixArt"}
+    return f"{by_norm.get(str(config.get('norm_type')), '')}{name}"
 
 
 def num_class_embeds(config: Mapping[str, Any]) -> int | None:

@@ -15,9 +15,11 @@ from diffusers.utils import logging as diffusers_logging
 
 from tdc_ray.errors import CheckpointError, ConfigError, is_from_outside
 from tdc_ray.models.diffusers_folder import MALFORMED
+from tdc_ray.models.encoding import Encoding
 from tdc_ray.models.fingerprint import weights_digest
 from tdc_ray.models.labels import Captions, join_captions
 from tdc_ray.models.network_config import STATES, CaptionShapes
+from tdc_ray.models.transformers.table import TRANSFORMERS
 from tdc_ray.storage.digest import cached_file_digest, json_digest
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -48,32 +50,11 @@ class PromptStates:
         return len(self.prompts[STATES])
 
 
-@dataclass(frozen=True, slots=True)
-class _Encoding:
-    """What pipelines of a kind hand to their network."""
+_DEFAULT = Encoding({STATES: (0, 1)})
 
-    outputs: Mapping[str, tuple[int, int]]
-    """By the network's argument: its place in what ``encode_prompt`` returns, and the place of
-    that which guidance leads away from."""
-
-    sizes: tuple[str, ...] = ()
-    """Arguments that follow from the images' size (:func:`_sizes`)."""
-
-    states_of: str | None = None
-    """The encoder that alone says how wide states are; None means that all do, side by side."""
-
-
-_DEFAULT = _Encoding({STATES: (0, 1)})
-
-_ENCODINGS: Mapping[str, _Encoding] = {
-    "StableDiffusionXL": _Encoding({STATES: (0, 1), "text_embeds": (2, 3)}, ("time_ids",)),
-    "StableDiffusion3": _Encoding(
-        {STATES: (0, 1), "pooled_projections": (2, 3)}, states_of="text_encoder_3"
-    ),
-    "PixArt": _Encoding(
-        {STATES: (0, 2), "encoder_attention_mask": (1, 3)}, ("resolution", "aspect_ratio")
-    ),
-    "Sana": _Encoding({STATES: (0, 2), "encoder_attention_mask": (1, 3)}),
+_ENCODINGS: Mapping[str, Encoding] = {
+    "StableDiffusionXL": Encoding({STATES: (0, 1), "text_embeds": (2, 3)}, ("time_ids",)),
+    **{kind: one for network in TRANSFORMERS.values() for kind, one in network.encodings.items()},
 }
 """By what the name of a pipeline's class begins with; others are as Stable Diffusion's."""
 
@@ -92,7 +73,7 @@ WIDTHS = ("hidden_size", "d_model")
 """Settings that say how wide a text encoder's states are: CLIP's and Gemma's, and T5's."""
 
 
-def _encoding_of(name: str) -> _Encoding:
+def _encoding_of(name: str) -> Encoding:
     return next((one for kind, one in _ENCODINGS.items() if name.startswith(kind)), _DEFAULT)
 
 
@@ -173,7 +154,7 @@ def check_captions_read(
         )
 
 
-def _states_width(pipeline: Path, encoding: _Encoding) -> int | None:
+def _states_width(pipeline: Path, encoding: Encoding) -> int | None:
     """Return how wide a pipeline's states are, by its encoders' configs; None if unknown."""
     index, total = _index(pipeline), 0
     for name in _parts(pipeline, TEXT_ENCODER):

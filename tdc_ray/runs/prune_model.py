@@ -22,6 +22,7 @@ from tdc_ray.models.finite import check_finite
 from tdc_ray.models.network_config import NetworkConfig, image_size, num_class_embeds
 from tdc_ray.models.saved_expert import save_expert_into
 from tdc_ray.models.timing import device_name, time_passes
+from tdc_ray.models.transformers.table import TRANSFORMERS
 from tdc_ray.pruning.group import GroupSearch
 from tdc_ray.pruning.latency import MIN_REPEATS, MIN_SECONDS, timed_space
 from tdc_ray.pruning.loaded_base import load_base, prune_and_refit
@@ -32,7 +33,7 @@ from tdc_ray.pruning.search import search_submodel
 from tdc_ray.pruning.space import Scheme, Space, space_of
 from tdc_ray.runs.events import SinksFor, no_sinks
 from tdc_ray.runs.preflight import check_prompts, check_shape
-from tdc_ray.runs.pretrained.sources import TRANSFORMERS, is_unet
+from tdc_ray.runs.pretrained.sources import is_unet
 from tdc_ray.runs.stages.base_samples import draw_base_samples, drawing_macs, with_base_samples
 from tdc_ray.runs.stages.expert import pruning_context
 from tdc_ray.runs.stages.precision import resolve_auto_precision

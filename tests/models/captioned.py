@@ -15,9 +15,6 @@ from tdc_ray.models.labels import Captions
 from tdc_ray.models.network_config import (
     CONDITION_CLASS,
     MASK,
-    PIXART_CLASS,
-    SANA_CLASS,
-    SD3_CLASS,
     STATES,
     NetworkConfig,
 )
@@ -115,7 +112,7 @@ def call_unet(network: Any, x_t: Tensor, timesteps: Tensor, captions: Captions) 
 
 
 PIXART: NetworkConfig = {
-    "_class_name": PIXART_CLASS,
+    "_class_name": "PixArtTransformer2DModel",
     "num_attention_heads": 4,
     "attention_head_dim": 12,
     "in_channels": 4,
@@ -126,7 +123,7 @@ PIXART: NetworkConfig = {
     "caption_channels": 16,
 }
 SD3: NetworkConfig = {  # the kind of Stable Diffusion 3
-    "_class_name": SD3_CLASS,
+    "_class_name": "SD3Transformer2DModel",
     "sample_size": 8,
     "in_channels": 4,
     "out_channels": 4,
@@ -140,7 +137,7 @@ SD3: NetworkConfig = {  # the kind of Stable Diffusion 3
 }
 SD35: NetworkConfig = {**SD3, "dual_attention_layers": [0], "qk_norm": "rms_norm"}
 SANA: NetworkConfig = {
-    "_class_name": SANA_CLASS,
+    "_class_name": "SanaTransformer2DModel",
     "in_channels": 4,
     "out_channels": 4,
     "num_attention_heads": 3,

@@ -17,7 +17,7 @@ from tdc_ray.models.families import (
     save_network,
     steps_of,
 )
-from tdc_ray.models.network_config import PIXART_CLASS, SD3_CLASS, NetworkConfig
+from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.structure import TEXT_CLASSES, network_structure
 from tdc_ray.models.surgery import kept_outputs
@@ -35,26 +35,25 @@ from tdc_ray.pruning.sensitivity import (
 from tdc_ray.pruning.space import space_of
 from tests.models.captioned import (
     CASES,
-    SANA_CLASS,
     Case,
     count_macs,
 )
 from tests.small import assert_same, random_kept, widths_of
 
 PIXART_512: NetworkConfig = {  # PixArt-alpha/PixArt-XL-2-512x512
-    "_class_name": PIXART_CLASS,
+    "_class_name": "PixArtTransformer2DModel",
     "sample_size": 64,
     "caption_channels": 4096,
 }
 SD3_MEDIUM: NetworkConfig = {  # stabilityai/stable-diffusion-3-medium-diffusers
-    "_class_name": SD3_CLASS,
+    "_class_name": "SD3Transformer2DModel",
     "num_layers": 24,
     "num_attention_heads": 24,
     "caption_projection_dim": 1536,
     "pos_embed_max_size": 192,
 }
 SANA_600M: NetworkConfig = {  # Efficient-Large-Model/Sana_600M_1024px_diffusers
-    "_class_name": SANA_CLASS,
+    "_class_name": "SanaTransformer2DModel",
     "num_attention_heads": 36,
     "num_layers": 28,
     "num_cross_attention_heads": 16,
@@ -105,7 +104,7 @@ RELEASED: dict[str, tuple[NetworkConfig, str, float, int]] = {
     ),
     "sana-600m": (SANA_600M, "sana", 591.75, 561),
     # Efficient-Large-Model/Sana_1600M_1024px_diffusers: 3.21 GB in half precision
-    "sana-1600m": ({"_class_name": SANA_CLASS}, "sana", 1604.46, 1483),
+    "sana-1600m": ({"_class_name": "SanaTransformer2DModel"}, "sana", 1604.46, 1483),
     "sd-1.5": ({**CLASS, "sample_size": 64, "cross_attention_dim": 768}, "unet", 859.52, 402),
     "sd-2.1": (
         {
@@ -272,11 +271,12 @@ def test_a_saved_one_loads_here_and_in_diffusers(name, tmp_path):
 
 
 def test_a_pixart_loads_under_the_name_that_all_transformers_had(tmp_path):
-    network = CASES["pixart"].network()
+    case = CASES["pixart"]
+    network = case.network()
     save_network(network, tmp_path)
     path = tmp_path / "config.json"
-    path.write_text(path.read_text().replace(PIXART_CLASS, "Transformer2DModel"))
-    assert given_config(tmp_path)["_class_name"] == PIXART_CLASS
+    path.write_text(path.read_text().replace(case.config["_class_name"], "Transformer2DModel"))
+    assert given_config(tmp_path)["_class_name"] == case.config["_class_name"]
     assert_same(load_network(tmp_path).state_dict(), network.state_dict())
 
 

@@ -101,8 +101,8 @@ def load_base(
     Args:
         source: A name on the Hugging Face hub, a folder of diffusers (a pipeline or a network), a
             run directory, what ``tdc-ray import`` wrote, ``openai:FILE`` or ``compvis:FILE``; or a
-            pipeline or a network in memory (of a class in ``models.families.BASES``), of which a
-            copy is taken.
+            pipeline or a network in memory (of a class in ``models.families.FAMILIES``), of which
+            a copy is taken.
         scheduler: The noise process of a network in memory.
         settings: What the base does not say, and what experts are made by, such as
             ``tdc_ray.preset("cifar10")``. None means those of the run that trained it, or else of

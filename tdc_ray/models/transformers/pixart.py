@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from tdc_ray.models.config_types import Width
+from tdc_ray.models.encoding import Encoding
 from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.network_config import MASK, STATES, CaptionShapes
 from tdc_ray.models.transformers.layers import (
@@ -122,4 +123,5 @@ PIXART = Transformer(
     remaining_block=remaining_single_block,
     last_shift=single_last_shift,
     captions=_captions,
+    encodings={"PixArt": Encoding({STATES: (0, 2), MASK: (1, 3)}, tuple(SIZES))},
 )

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from tdc_ray.config.validation import Share
 from tdc_ray.models.config_types import Size, Width
+from tdc_ray.models.encoding import Encoding
 from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.network_config import MASK, STATES
 from tdc_ray.models.transformers.layers import (
@@ -131,4 +132,5 @@ SANA = Transformer(
         STATES: (CAPTION_TOKENS, sana.caption_channels),
         MASK: (CAPTION_TOKENS,),
     },
+    encodings={"Sana": Encoding({STATES: (0, 2), MASK: (1, 3)})},
 )

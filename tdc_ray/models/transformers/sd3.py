@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from tdc_ray.models.config_types import Size, Width
+from tdc_ray.models.encoding import Encoding
 from tdc_ray.models.layer import Channels, Layer
 from tdc_ray.models.network_config import STATES, CaptionShapes
 from tdc_ray.models.transformers.layers import (
@@ -161,4 +162,9 @@ SD3 = Transformer(
     remaining_block=_remaining_block,
     last_shift=_last_shift,
     captions=_captions,
+    encodings={
+        "StableDiffusion3": Encoding(
+            {STATES: (0, 1), "pooled_projections": (2, 3)}, states_of="text_encoder_3"
+        )
+    },
 )

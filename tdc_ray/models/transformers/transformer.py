@@ -1,11 +1,12 @@
 """How a class of transformers is described."""
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tdc_ray.errors import UnsupportedModelError
+from tdc_ray.models.encoding import Encoding
 from tdc_ray.models.layer import Layer
 from tdc_ray.models.network_config import CaptionShapes
 from tdc_ray.models.units import SpaceKind, Unit
@@ -61,6 +62,10 @@ class Transformer:
 
     captions: Callable[[Any], CaptionShapes] | None = None
     """By settings; None for networks that are not conditioned on captions."""
+
+    encodings: Mapping[str, Encoding] = field(default_factory=dict)
+    """What text encoders make of a prompt for it, by what the name of a pipeline's class begins
+    with."""
 
     zero_at_first: Callable[[Any], Iterable["nn.Linear"]] | None = None
     """Lists the layers of a network that are 0 before training; None leaves all as diffusers

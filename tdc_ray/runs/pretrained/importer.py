@@ -17,11 +17,10 @@ from tdc_ray.config.model import AUTO
 from tdc_ray.config.run import RunConfig
 from tdc_ray.config.validation import errors_together, refuse
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.families import build_network, save_network
+from tdc_ray.models.families import build_network, save_network, takes_dropout
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.first_stage import Autoencoder, downsampling, load_autoencoder
 from tdc_ray.models.network_config import (
-    SD3_CLASS,
     NetworkConfig,
     class_name,
     image_size,
@@ -86,9 +85,10 @@ def check_compatible(base: PretrainedBase, config: RunConfig) -> NetworkConfig:
                 f"Set --{name.replace('_', '-')} to that, or give another base."
             )
     settings = _unet_settings(base, config)
-    if config.model.dropout and class_name(settings) == SD3_CLASS:
+    name = class_name(settings)
+    if config.model.dropout and not takes_dropout(name):
         raise ConfigError(
-            f"model.dropout must be 0 for {base.source}, a {SD3_CLASS}, which has no dropout, got "
+            f"model.dropout must be 0 for {base.source}, a {name}, which has no dropout, got "
             f"{config.model.dropout}."
         )
     return settings

@@ -29,10 +29,6 @@ from tdc_ray.models.checkpoints.state_dicts import StateDict, load_state_dict
 from tdc_ray.models.families import given_config, load_network
 from tdc_ray.models.first_stage import downsampling, widths_of
 from tdc_ray.models.network_config import (
-    DIT_CLASS,
-    PIXART_CLASS,
-    SANA_CLASS,
-    SD3_CLASS,
     FirstStageConfig,
     NetworkConfig,
     class_name,
@@ -40,6 +36,7 @@ from tdc_ray.models.network_config import (
 )
 from tdc_ray.models.structure import reads_text
 from tdc_ray.models.text_encoder import TEXT_ENCODER
+from tdc_ray.models.transformers.table import TRANSFORMERS
 from tdc_ray.runs.pretrained.settings import NOISE, SAMPLER, PretrainedSettings, read_settings
 from tdc_ray.storage.files import exists, fetch, listing, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -55,9 +52,6 @@ PREDICTION = "prediction_type"
 ZERO_SNR = "rescale_betas_zero_snr"
 FLOW: PredictionType = "flow_prediction"
 EDM = "sigma_data"
-
-TRANSFORMERS = (DIT_CLASS, PIXART_CLASS, SD3_CLASS, SANA_CLASS)
-"""Classes of denoisers whose configs have no ``block_out_channels``."""
 
 Stages = Mapping[str, Mapping[str, Any]]
 """Settings by stage and name, as a source has them: not checked yet."""

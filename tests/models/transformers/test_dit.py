@@ -16,7 +16,7 @@ from tdc_ray.models.families import (
     save_network,
 )
 from tdc_ray.models.forward import predict
-from tdc_ray.models.network_config import DIT_CLASS, NetworkConfig, num_class_embeds
+from tdc_ray.models.network_config import NetworkConfig, num_class_embeds
 from tdc_ray.models.saved_expert import load_expert, save_expert
 from tdc_ray.models.step import run
 from tdc_ray.models.structure import network_structure
@@ -25,7 +25,7 @@ from tdc_ray.storage.files import read_json, write_json
 from tests.small import TINY_DIT, assert_same, random_dit, random_kept, widths_of
 
 XL: NetworkConfig = {
-    "_class_name": DIT_CLASS,
+    "_class_name": "DiTTransformer2DModel",
     "in_channels": 4,
     "out_channels": 8,
     "sample_size": 32,
@@ -152,7 +152,7 @@ def test_the_config_of_a_released_one_names_the_class_that_all_transformers_had(
     save_network(random_dit(), tmp_path)
     document = read_json(tmp_path / "config.json")
     write_json(tmp_path / "config.json", {**document, "_class_name": "Transformer2DModel"})
-    assert given_config(tmp_path)["_class_name"] == DIT_CLASS
+    assert given_config(tmp_path)["_class_name"] == "DiTTransformer2DModel"
     assert isinstance(load_network(tmp_path), DiTTransformer2DModel)
 
 

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from tdc_ray.models.network_config import DIT_CLASS
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.pruning.changes import Change, Planner, Share
 from tdc_ray.pruning.llm.answer import Answer, ToolCall
@@ -241,7 +240,7 @@ def test_the_prompt_for_a_large_unet_is_short():
 def test_a_feed_forwards_hundreds_of_widths_are_ranges(multiple):
     space = space_of(
         {
-            "_class_name": DIT_CLASS,
+            "_class_name": "DiTTransformer2DModel",
             "num_attention_heads": 4,
             "attention_head_dim": 64,
             "num_layers": 2,
