@@ -19,7 +19,7 @@ from tdc_ray.models.network_config import (
     class_name,
 )
 from tdc_ray.models.transformers.dit import DIT, DiTSettings
-from tdc_ray.models.unet2d.config_file import HEADS_FILE, UNetConfigFile
+from tdc_ray.models.unet2d.config_file import OWN_FILE, UNetConfigFile
 from tdc_ray.models.unet2d_condition.config_file import UNetConditionConfigFile
 from tdc_ray.storage.files import exists, read_bytes, read_json
 from tdc_ray.storage.object_store import display_path, resolve_path
@@ -85,15 +85,16 @@ def read_network(source: str) -> dict[str, Any]:
             "takes images, timesteps, and classes or captions (no autoencoder)."
         )
     values = {key: value for key, value in document.items() if not key.startswith("_")}
-    if exists(heads := path.with_name(HEADS_FILE)):
-        values |= read_json(heads)
+    if exists(own := path.with_name(OWN_FILE)):
+        values |= read_json(own)
     try:
         network = FILES[kind](**values).model_dump(mode="json")
     except (TypeError, ValidationError) as error:
         text = str(config_error(error) if isinstance(error, ValidationError) else error)
         raise ConfigError(f"{name} is no config of a {kind}: {text}") from error
-    if network.get("num_heads_upsample", 0) is None:
-        del network["num_heads_upsample"]  # settings of before it was known stay the same
+    for later in ("num_heads_upsample", "timestep_channels"):
+        if network.get(later, 0) is None:
+            del network[later]  # settings of before it was known stay the same
     size = network["sample_size"]
     if isinstance(size, list) and size[0] == size[1]:
         network["sample_size"] = size[0]

@@ -58,10 +58,14 @@ class NetworkConfig(TypedDict, total=False):
 
     num_heads: int | None
     """Heads of every attention, whatever its width, which ``attention_head_dim`` cannot express;
-    no argument of diffusers', but kept beside the weights (``unet2d.unet.HEADS_FILE``)."""
+    no argument of diffusers', but kept beside the weights (``unet2d.config_file.OWN_FILE``)."""
 
     num_heads_upsample: int | None
     """Heads of the attentions on the way up, where they are not ``num_heads``."""
+
+    timestep_channels: int | None
+    """Channels that a timestep is embedded in before the first linear layer, where they are not as
+    many as the first level's: of ADM's networks for 512x512. No argument of diffusers', either."""
 
     _class_name: str
 
@@ -85,7 +89,7 @@ class FirstStageConfig(TypedDict, total=False):
     _class_name: str
 
 
-HEADS = ("num_heads", "num_heads_upsample")
+OWN_SETTINGS = ("num_heads", "num_heads_upsample", "timestep_channels")
 """Settings of ``NetworkConfig`` that are no arguments of diffusers'."""
 
 

@@ -28,6 +28,7 @@ CONFIGS: dict[str, NetworkConfig] = {
     },
     "one-head": {**TINY, "attention_head_dim": None},
     "four-heads-everywhere": {**TINY, "num_heads": 4},
+    "more-timestep-channels": {**TINY, "timestep_channels": 48, "time_embedding_dim": 80},
     "two-groups": {**TINY, "norm_num_groups": 2, "attn_norm_num_groups": 2},
     "a-group-per-channel": {**TINY, "norm_num_groups": 16, "attn_norm_num_groups": 16},
     "other-groups-in-the-middle": {**TINY, "norm_num_groups": 4, "attn_norm_num_groups": 16},

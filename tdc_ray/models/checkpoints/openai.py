@@ -93,13 +93,7 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
             f"its channels must be multiples of {COMMON['norm_num_groups']}, and as many in "
             f"input_blocks.0.0 as in the first level; found {width}, then {channels}."
         )
-    embedded_width = shape_of(state, "time_embed.0.weight", 2)[1]
-    if embedded_width != width:
-        raise CheckpointError(
-            f"its timesteps are embedded in {embedded_width} channels, and the first level has "
-            f"{width}: they must be as many (channel_mult begins with 1), which those of ADM's "
-            "512x512 are not."
-        )
+    time_channels, timestep_channels = shape_of(state, "time_embed.0.weight", 2)
     embedded, _ = shape_of(state, "input_blocks.1.0.emb_layers.1.weight", 2)
     down, up = (RESNET_DOWN, RESNET_UP) if layers_by_resnet else (DOWN, UP)
     settings: NetworkConfig = {
@@ -114,6 +108,11 @@ def config_from_state_dict(state: StateDict) -> NetworkConfig:
     }
     if layers_by_resnet:
         settings |= {"downsample_type": "resnet", "upsample_type": "resnet"}
+    if timestep_channels != width:  # of 512x512, whose channel_mult begins with 0.5
+        settings |= {
+            "time_embedding_dim": time_channels,
+            "timestep_channels": timestep_channels,
+        }
     if "label_emb.weight" in state:
         settings["num_class_embeds"] = len(state["label_emb.weight"])
     check_tensors(state, original_shapes(settings))

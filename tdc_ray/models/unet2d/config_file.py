@@ -7,8 +7,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from tdc_ray.config.validation import PositiveInt, Share
 from tdc_ray.models.config_types import Size, Width
 
-HEADS_FILE = "tdc_heads.json"
-"""File beside the weights, where ``attention_head_dim`` cannot express the number of heads."""
+OWN_FILE = "tdc_heads.json"
+"""File beside the weights with what no argument of diffusers' can express, such as the number of
+heads where it is not the same everywhere."""
 
 
 class UNetConfigFile(BaseModel):
@@ -53,4 +54,7 @@ class UNetConfigFile(BaseModel):
     """No argument of diffusers', but in a file of its own beside the config where it counts."""
 
     num_heads_upsample: Width | None = None
+    """As ``num_heads``."""
+
+    timestep_channels: Width | None = None
     """As ``num_heads``."""

@@ -124,7 +124,8 @@ class _UNetWalker:
         config, pixels = self.config, self._pixels
         time = Channels(self.time_channels)
         yield conv("conv_in", (Channels(config["in_channels"]),), self.stream, 3, pixels)
-        yield linear("time_embedding.linear_1", Channels(self.channels[0]), time)
+        embedded = config.get("timestep_channels") or self.channels[0]
+        yield linear("time_embedding.linear_1", Channels(embedded), time)
         yield linear("time_embedding.linear_2", time, time)
         if (num_classes := config["num_class_embeds"]) is not None:
             yield Layer("class_embedding", (Channels(num_classes),), (time,), has_bias=False)

@@ -10,13 +10,15 @@ from typing import cast
 import torch
 from diffusers import UNet2DModel
 from diffusers.models.attention_processor import Attention
+from diffusers.models.embeddings import Timesteps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from tdc_ray.errors import CheckpointError, UnsupportedModelError, is_from_outside
 from tdc_ray.models.diffusers_folder import MALFORMED, OWN_WEIGHTS_FILE, load_pretrained
-from tdc_ray.models.network_config import HEADS, NetworkConfig, num_heads_of
-from tdc_ray.models.unet2d.config_file import HEADS_FILE
+from tdc_ray.models.network_config import OWN_SETTINGS, NetworkConfig, num_heads_of
+from tdc_ray.models.unet2d.config_file import OWN_FILE
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
 from tdc_ray.storage.object_store import display_path
 
@@ -28,8 +30,15 @@ _DEFAULTS = {
 
 def build_unet(config: NetworkConfig) -> UNet2DModel:
     """Build a UNet with random weights on the current default device."""
-    unet = UNet2DModel(**{name: value for name, value in config.items() if name not in HEADS})
+    given = {name: value for name, value in config.items() if name not in OWN_SETTINGS}
+    unet = UNet2DModel(**given)
     _set_heads(unet, config)
+    if (channels := config.get("timestep_channels")) is not None:
+        flips, shift = unet.config["flip_sin_to_cos"], unet.config["freq_shift"]
+        unet.time_proj = Timesteps(channels, flips, shift)
+        unet.time_embedding.linear_1 = nn.Linear(
+            channels, unet.time_embedding.linear_1.out_features
+        )
     return unet
 
 
@@ -47,12 +56,21 @@ def _attentions(unet: UNet2DModel) -> dict[str, Attention]:
     return {name: part for name, part in unet.named_modules() if isinstance(part, Attention)}
 
 
-def _heads(unet: UNet2DModel) -> dict[str, int]:
-    """Return the settings of heads that diffusers would build otherwise of the config alone."""
+def _own_settings(unet: UNet2DModel) -> dict[str, int]:
+    """Return the settings that diffusers would build otherwise of the config alone."""
     with torch.device("meta"):
-        plain = _attentions(UNet2DModel.from_config(unet.config))
+        plain = UNet2DModel.from_config(unet.config)
+    channels = unet.time_proj.num_channels
+    settings = _heads(unet, plain)
+    if channels != plain.time_proj.num_channels:
+        settings["timestep_channels"] = channels
+    return settings
+
+
+def _heads(unet: UNet2DModel, plain: UNet2DModel) -> dict[str, int]:
+    """Return the settings of heads, where they are others than those of a plain UNet."""
     found = {name: part.heads for name, part in _attentions(unet).items()}
-    if found == {name: part.heads for name, part in plain.items()}:
+    if found == {name: part.heads for name, part in _attentions(plain).items()}:
         return {}
     upsample = {count for name, count in found.items() if name.startswith("up_blocks.")}
     others = {count for name, count in found.items() if not name.startswith("up_blocks.")}
@@ -70,22 +88,22 @@ def _heads(unet: UNet2DModel) -> dict[str, int]:
 def save_unet(unet: UNet2DModel, folder: Path) -> None:
     """Save config and weights (safetensors) as diffusers does; the folder appears when whole.
 
-    Where diffusers would build other heads of the config, they are in a file of their own, and
-    the weights under a name that diffusers does not load.
+    What diffusers would build otherwise of the config is in a file of its own, and the weights are
+    under a name that diffusers does not load.
 
     Raises:
         UnsupportedModelError: Heads differ in a way that cannot be written down.
     """
     # Safetensors cannot hold weights that lie channels last.
     unet.to(memory_format=torch.contiguous_format)
-    heads = _heads(unet)
+    own = _own_settings(unet)
     with atomic_path(folder) as temporary:
-        if not heads:
+        if not own:
             unet.save_pretrained(temporary)
             return
         unet.save_config(temporary)
         save_file(unet.state_dict(), temporary / OWN_WEIGHTS_FILE)
-        write_json(temporary / HEADS_FILE, heads)
+        write_json(temporary / OWN_FILE, own)
 
 
 def load_unet(folder: Path) -> UNet2DModel:
@@ -130,6 +148,6 @@ def unet_config(folder: Path) -> NetworkConfig:
     size = config.get("sample_size")
     if isinstance(size, list | tuple) and len(set(size)) == 1:
         config["sample_size"] = size[0]
-    if (folder / HEADS_FILE).exists():
-        config |= read_json(folder / HEADS_FILE)
+    if (folder / OWN_FILE).exists():
+        config |= read_json(folder / OWN_FILE)
     return cast("NetworkConfig", config)

@@ -16,7 +16,7 @@ from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.samplers import make_scheduler
 from tdc_ray.errors import ConfigError, StorageError
-from tdc_ray.models.network_config import DEFAULT_CLASS, HEADS
+from tdc_ray.models.network_config import DEFAULT_CLASS, OWN_SETTINGS
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.models.units import KeptIndices
 from tdc_ray.runs.export.model_card import model_card
@@ -110,7 +110,7 @@ def _export_expert(source: Path, folder: Path) -> None:
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         shutil.copyfile(source / name, folder / name)
     saved = SavedExpert.load(source)
-    arguments = {name: value for name, value in saved.unet.items() if name not in HEADS}
+    arguments = {name: value for name, value in saved.unet.items() if name not in OWN_SETTINGS}
     kind = str(arguments.pop("_class_name", DEFAULT_CLASS))
     with torch.device("meta"):
         whole = getattr(diffusers, kind)(**arguments)

@@ -109,10 +109,12 @@ class OpenAIUNet(nn.Module):
         out_channels: int = 6,
         scale_shift: bool = True,
         num_classes: int | None = None,
+        timestep_channels: int | None = None,
         resblock_updown: bool = False,
     ) -> None:
         super().__init__()
-        self.width, time = channels[0], 4 * channels[0]
+        self.width = timestep_channels or channels[0]
+        time = 4 * self.width
         self.time_embed = nn.Sequential(
             nn.Linear(self.width, time), nn.SiLU(), nn.Linear(time, time)
         )

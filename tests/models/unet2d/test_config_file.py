@@ -7,7 +7,7 @@ from diffusers import UNet2DConditionModel, UNet2DModel
 from tdc_ray.errors import ConfigError, StorageError, UnsupportedModelError
 from tdc_ray.models.config_file import read_network
 from tdc_ray.models.families import check_buildable
-from tdc_ray.models.network_config import HEADS, NetworkConfig
+from tdc_ray.models.network_config import OWN_SETTINGS, NetworkConfig
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.config_file import UNetConfigFile
@@ -28,8 +28,8 @@ def test_settings_that_a_file_leaves_out_are_diffusers_defaults():
         name: list(p.default) if isinstance(p.default, tuple) else p.default
         for name, p in parameters
     }
-    assert UNetConfigFile().model_dump() == expected | dict.fromkeys(HEADS)
-    assert set(expected) | {*HEADS, "_class_name"} == set(NetworkConfig.__annotations__)
+    assert UNetConfigFile().model_dump() == expected | dict.fromkeys(OWN_SETTINGS)
+    assert set(expected) | {*OWN_SETTINGS, "_class_name"} == set(NetworkConfig.__annotations__)
 
 
 def test_those_of_a_captioned_unet_are_diffusers_defaults_too():

@@ -64,13 +64,20 @@ def test_num_heads_survives_saving_and_decides_the_output(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "heads", [{"num_heads": 4}, {"num_heads": 4, "num_heads_upsample": 2}], ids=str
+    "own",
+    [
+        {"num_heads": 4},
+        {"num_heads": 4, "num_heads_upsample": 2},
+        {"timestep_channels": 48},
+        {"num_heads": 4, "timestep_channels": 48},
+    ],
+    ids=str,
 )
-def test_a_unet_that_diffusers_would_build_otherwise_is_refused_by_it(tmp_path, heads):
-    unet = random_unet({**TINY, **heads})
+def test_a_unet_that_diffusers_would_build_otherwise_is_refused_by_it(tmp_path, own):
+    unet = random_unet({**TINY, **own})
     save_unet(unet, tmp_path / "unet")
     config = unet_config(tmp_path / "unet")
-    assert {name: config.get(name) for name in heads} == heads
+    assert {name: config.get(name) for name in own} == own
     assert_same(output_of(load_unet(tmp_path / "unet")), output_of(unet))
     check_finite([tmp_path / "unet"])
     with pytest.raises(OSError, match="no file named diffusion_pytorch_model"):

@@ -188,7 +188,8 @@ def test_the_same_images_without_ray_and_without_us(tmp_path, make, space):
 def test_an_expert_is_rebuilt_from_its_tensors_and_numbers(tmp_path, name):
     from tdc_ray.runs.export.templates.experts import load_expert as load_plainly
 
-    config = TINY if name == "tiny" else {**TINY, "num_heads": 4, "attention_head_dim": 8}
+    own = {"num_heads": 4, "attention_head_dim": 8, "timestep_channels": 48}
+    config = TINY if name == "tiny" else {**TINY, **own}
     run_dir = make_run(tmp_path / "run", small_config(sampler=FEW))
     units, base = units_of(config, "full"), random_unet(config)
     kept = random_kept(units, 1)
