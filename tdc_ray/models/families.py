@@ -30,7 +30,12 @@ from tdc_ray.models.step import Ends, State, Step
 from tdc_ray.models.structure import caption_shapes, network_structure
 from tdc_ray.models.surgery import cut_units
 from tdc_ray.models.traced import network as traced
-from tdc_ray.models.traced.graph import check_denoiser, takes_images_alone
+from tdc_ray.models.traced.graph import (
+    check_denoiser,
+    class_of,
+    takes_captions,
+    takes_images_alone,
+)
 from tdc_ray.models.transformers import network as transformers
 from tdc_ray.models.transformers.steps import transformer_steps
 from tdc_ray.models.transformers.table import TRANSFORMERS
@@ -253,10 +258,15 @@ def check_class(kind: str, where: str) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    if kind not in FAMILIES and not takes_images_alone(kind):
-        raise ConfigError(
-            f"{where} a {kind}: only a {' or '.join(FAMILIES)} can be a base or be pruned."
+    if kind in FAMILIES or takes_images_alone(kind):
+        return
+    known = f"only a {' or '.join(FAMILIES)} can be a base or be pruned."
+    if (found := class_of(kind)) is not None and takes_captions(found):
+        known += (
+            " It reads captions, and neither its config nor its pipeline's says how it is called:"
+            " in which units of time, with which latents and states."
         )
+    raise ConfigError(f"{where} a {kind}: {known}")
 
 
 def takes_dropout(kind: str) -> bool:

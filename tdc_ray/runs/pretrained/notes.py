@@ -39,12 +39,13 @@ def base_notes(
     notes = []
     if base.folder is None:
         notes.append(
-            f"{base.source} does not say what it predicts ({diffusion.prediction_type} is taken), "
-            "how many heads its attentions have on the way up (as many as elsewhere, unless "
-            "--model.num-heads-upsample is given), nor the order of their q, k and v (heads come "
-            "first, unless --model.use-new-attention-order is given)"
+            f"{base.source} does not say what it predicts ({diffusion.prediction_type} is taken, "
+            "unless --diffusion.prediction-type is given), how many heads its attentions have on "
+            "the way up (as many as elsewhere, unless --model.num-heads-upsample is given), nor "
+            "the order of their q, k and v (heads come first, unless "
+            "--model.use-new-attention-order is given)"
         )
-    if base.settings.diffusion.prediction_type is None:
+    elif base.settings.diffusion.prediction_type is None:
         notes.append(
             f"{base.source} does not say what it predicts: {diffusion.prediction_type} is taken"
         )

@@ -112,14 +112,17 @@ def resolve_base(source: str, predicts: PredictionType | None = None) -> Pretrai
 
     Args:
         source: The base.
-        predicts: What the user says that it predicts: one whose scheduler says sample is taken
-            only if the user does, too.
+        predicts: What the user says that it predicts, which is taken of checkpoint files, as they
+            do not say; a base whose scheduler says sample is taken only if the user does, too.
 
     Raises:
         CheckpointError: There is none, or it is malformed.
         ConfigError: It is of a kind that cannot be used here.
     """
     base = _opened(source)
+    if base.folder is None and predicts is not None:
+        noise = base.settings.diffusion.model_copy(update={PREDICTION: predicts})
+        return replace(base, settings=base.settings.model_copy(update={"diffusion": noise}))
     _check_prediction(base, predicts)
     return base
 
@@ -209,7 +212,7 @@ def noise_settings(
 
 
 def _openai(source: str, file: Path, state: StateDict) -> PretrainedBase:
-    """Read a checkpoint of improved-diffusion: of its noise process only epsilon is known."""
+    """Read a checkpoint of improved-diffusion; epsilon is its default, the file does not say."""
     unet = openai.config_from_state_dict(state)
     load = partial(openai.to_diffusers, state)
     settings = _settings(source, unet, stages={"diffusion": {PREDICTION: "epsilon"}})

@@ -201,6 +201,8 @@ def test_a_learned_variance_is_told_by_the_unet_and_must_be_so_by_the_scheduler(
         ("openai", [], "epsilon"),
         ("openai", ["--preset", "images"], "epsilon"),
         ("compvis", [], "epsilon"),
+        ("openai", ["--diffusion.prediction-type", "sample"], "sample"),
+        ("compvis", ["--diffusion.prediction-type", "v_prediction"], "v_prediction"),
         ("unet", [], "epsilon"),
         ("unet", ["--preset", "images"], "v_prediction"),
         ("unet", ["--diffusion.prediction-type", "v_prediction"], "v_prediction"),
@@ -948,7 +950,7 @@ def test_the_flags_of_an_openai_file_reach_its_import(tmp_path):
         x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
         assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
         (note,) = base_notes(base, config.diffusion, config.sampler)
-        assert "does not say what it predicts (epsilon is taken)" in note
+        assert "does not say what it predicts (epsilon is taken, unless --diffusion" in note
 
 
 def randomised() -> OpenAIUNet:
