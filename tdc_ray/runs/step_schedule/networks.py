@@ -217,10 +217,13 @@ def _prune(
     width: float,
     sinks_for: SinksFor,
 ) -> None:
-    """Prune and refit the base for a group's timesteps, as ``tdc-ray prune`` does."""
+    """Prune and refit the base for a group's timesteps, as ``tdc-ray prune`` does.
+
+    By the run's method, but for a language model, in whose place the offline proxy is.
+    """
     logger.info("%s: the base pruned for t %d to %d", network.name, *serves)
     prune = replace(config.prune, halving_steps=0, objective="macs")
-    if prune.method == "none":
+    if prune.method in ("none", "llm"):  # a language model costs money that nobody asked to spend
         prune = replace(prune, method="offline")
     group = one_group(config.diffusion, config.sampler, serves, width)
     settings = replace(config, prune=prune)
