@@ -12,8 +12,7 @@ import torch
 from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
-from tdc_ray.diffusion.expert_set import ExpertSet, Span
-from tdc_ray.diffusion.pipeline import load_each_once
+from tdc_ray.diffusion.expert_set import ExpertSet, Span, load_each_once
 from tdc_ray.diffusion.pipeline_index import PipelineIndex, experts_folder
 from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import CheckpointError, ConfigError

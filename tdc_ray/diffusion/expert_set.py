@@ -42,16 +42,31 @@ class ExpertSet(nn.ModuleList):
         return self[_index_of(self.spans, timestep)]
 
 
+def load_each_once(folders: Sequence[Path]) -> list[UNet2DModel]:
+    """Load the expert of every folder; one that serves several ranges is in memory once."""
+    loaded = {folder: load_expert(folder) for folder in dict.fromkeys(folders)}
+    return [loaded[folder] for folder in folders]
+
+
 class OffloadedExperts(nn.Module):
     """The same, read from disk when their timesteps are sampled: at most two are in memory.
 
     While one denoises, a thread reads the next, and copies it to the GPU on a stream of its own.
     """
 
-    def __init__(self, folders: Sequence[Path], spans: Sequence[Span]) -> None:
-        """Remember the folder (``models.saved_expert``) and the span of each expert, in order."""
+    def __init__(
+        self, folders: Sequence[Path], spans: Sequence[Span], timestep_scale: float = 1.0
+    ) -> None:
+        """Remember the folder (``models.saved_expert``) and the span of each expert, in order.
+
+        Args:
+            folders: Of the experts.
+            spans: First and last timestep of each.
+            timestep_scale: What a timestep is multiplied with before an expert sees it.
+        """
         super().__init__()
         self.spans, self._folders = tuple(spans), tuple(folders)
+        self.timestep_scale = timestep_scale
         # A parameterless module has no device: .to() moves this, and the experts follow it.
         self.register_buffer("_anchor", torch.zeros(()), persistent=False)
         self._stream: torch.cuda.Stream | None = None

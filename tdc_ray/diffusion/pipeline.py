@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, ImagePipelineOutput, SchedulerMixin, UN
 from tdc_ray.config.conditioning import null_class
 from tdc_ray.config.train import Compile
 from tdc_ray.data.prompts import conditions_of_images
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.expert_set import ExpertSet, OffloadedExperts
 from tdc_ray.diffusion.pipeline_index import (
     EXPERTS_FILE,
@@ -42,7 +43,7 @@ from tdc_ray.models.families import captions_read
 from tdc_ray.models.first_stage import FirstStage, load_first_stage
 from tdc_ray.models.labels import Captions
 from tdc_ray.models.network_config import STATES, CaptionShapes, num_class_embeds
-from tdc_ray.models.saved_expert import SavedExpert, load_expert, save_expert
+from tdc_ray.models.saved_expert import SavedExpert, save_expert
 from tdc_ray.models.text_encoder import (
     PromptStates,
     check_captions_read,
@@ -67,14 +68,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
 
     def __init__(
         self,
-        experts: ExpertSet | OffloadedExperts,
+        denoiser: ExpertDenoiser | OffloadedExperts,
         scheduler: SchedulerMixin,
         first_stage: FirstStage | None = None,
         *,
         shape: tuple[int, int, int] = (3, 32, 32),
         num_inference_steps: int = 50,
         eta: float = 0.0,
-        timestep_scale: float = 1.0,
         num_classes: int | None = None,
         guidance_scale: float = 1.0,
         use_clipped_model_output: bool = False,
@@ -84,13 +84,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         """Create a pipeline.
 
         Args:
-            experts: The denoisers.
+            denoiser: The experts, which other pipelines of diffusers take, too; or experts that
+                are read from disk when they are used.
             scheduler: The diffusers scheduler.
             first_stage: Decodes what the experts output, where that is latents.
             shape: ``(C, H, W)`` of what the experts output.
             num_inference_steps: Denoising steps when a call names none.
             eta: Stochasticity of DDIM when a call names none.
-            timestep_scale: What a timestep is multiplied with before a network sees it.
             num_classes: Classes that the experts are conditioned on, without the null class; None
                 means unconditional.
             guidance_scale: Weight of classifier-free guidance when a call names none; 1 means
@@ -104,8 +104,13 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
                 the default of the pipeline that encodes prompts, such as the empty one.
         """
         super().__init__()
-        self.register_modules(experts=experts, scheduler=scheduler, first_stage=first_stage)
-        self.shape, self.timestep_scale = shape, timestep_scale
+        if isinstance(denoiser, ExpertDenoiser) and denoiser.offload:
+            raise ConfigError(
+                "denoiser must be without offload in this pipeline: from_pretrained(offload=True) "
+                "of the pipeline itself reads experts from disk when they are used."
+            )
+        self.register_modules(denoiser=denoiser, scheduler=scheduler, first_stage=first_stage)
+        self.shape = shape
         self.num_inference_steps, self.eta = num_inference_steps, eta
         self.num_classes, self.guidance_scale = num_classes, guidance_scale
         self.use_clipped_model_output = use_clipped_model_output
@@ -118,13 +123,24 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
             shape=shape,
             num_inference_steps=num_inference_steps,
             eta=eta,
-            timestep_scale=timestep_scale,
             num_classes=num_classes,
             guidance_scale=guidance_scale,
             use_clipped_model_output=use_clipped_model_output,
             text_encoder=text_encoder,
             negative_prompt=negative_prompt,
         )
+
+    @property
+    def experts(self) -> ExpertSet | OffloadedExperts:
+        """The networks, each for a range of timesteps."""
+        denoiser = self.denoiser
+        return denoiser.experts if isinstance(denoiser, ExpertDenoiser) else denoiser
+
+    @property
+    def timestep_scale(self) -> float:
+        """What a timestep is multiplied with before a network sees it."""
+        scale: float = self.denoiser.timestep_scale
+        return scale
 
     @cached_property
     def _of_experts(self) -> tuple[int | None, CaptionShapes]:
@@ -559,13 +575,12 @@ class ProgressivePipeline(DiffusionPipeline):  # type: ignore[misc]  # diffusers
         if text_encoder is not None:
             index = index.model_copy(update={"text_encoder": text_encoder})
         folders = [folder / expert.folder for expert in index.experts]
-        spans = as_seen(index.diffusion, index.spans)
-        experts = (
-            OffloadedExperts(folders, spans)
-            if offload
-            else ExpertSet(load_each_once(folders), spans)
-        )
-        pipeline = _assemble(experts.to(torch_dtype), index, folder)
+        if offload:
+            spans, scale = as_seen(index.diffusion, index.spans), index.diffusion.timestep_scale
+            pipeline = _assemble(OffloadedExperts(folders, spans, scale), index, folder)
+        else:
+            pipeline = _assemble(ExpertDenoiser.from_pretrained(folder), index, folder)
+        pipeline.experts.to(torch_dtype)
         pipeline.winograd, pipeline.compile_mode = winograd, compile_mode
         stage = index.first_stage
         named = None if stage is None else display_path(folder / stage)
@@ -603,17 +618,10 @@ def _settings(scheduler: SchedulerMixin) -> tuple[str, dict[str, object]]:
     return type(scheduler).__name__, public
 
 
-def load_each_once(folders: Sequence[Path]) -> list[UNet2DModel]:
-    """Load the expert of every folder; one that serves several ranges is in memory once."""
-    loaded = {folder: load_expert(folder) for folder in dict.fromkeys(folders)}
-    return [loaded[folder] for folder in folders]
-
-
 def base_pipeline(unet: UNet2DModel, index: PipelineIndex) -> ProgressivePipeline:
     """Create a pipeline whose only expert is the base, which serves every timestep."""
     whole = (0, index.diffusion.num_timesteps - 1)
-    experts = ExpertSet([unet], as_seen(index.diffusion, [whole]))
-    return _assemble(experts, index, Path())
+    return _of_networks([unet], [whole], index)
 
 
 def swapped_pipeline(
@@ -623,23 +631,28 @@ def swapped_pipeline(
     (first, last), end = span, index.diffusion.num_timesteps - 1
     parts = [(unet, (0, first - 1)), (expert, span), (unet, (last + 1, end))]
     serving = [part for part in parts if part[1][0] <= part[1][1]]
-    spans = as_seen(index.diffusion, [one for _, one in serving])
-    experts = ExpertSet([network for network, _ in serving], spans)
-    return _assemble(experts, index, Path())
+    return _of_networks([network for network, _ in serving], [one for _, one in serving], index)
+
+
+def _of_networks(
+    networks: Sequence[UNet2DModel], spans: Sequence[tuple[int, int]], index: PipelineIndex
+) -> ProgressivePipeline:
+    """Create a pipeline of networks that are in memory, each for a range of timesteps."""
+    seen, scale = as_seen(index.diffusion, spans), index.diffusion.timestep_scale
+    return _assemble(ExpertDenoiser(networks, seen, timestep_scale=scale), index, Path())
 
 
 def _assemble(
-    experts: ExpertSet | OffloadedExperts, index: PipelineIndex, folder: Path
+    denoiser: ExpertDenoiser | OffloadedExperts, index: PipelineIndex, folder: Path
 ) -> ProgressivePipeline:
     stage = index.first_stage
     return ProgressivePipeline(
-        experts,
+        denoiser,
         make_scheduler(index.diffusion, index.sampler),
         None if stage is None else load_first_stage(folder / stage),
         shape=index.shape,
         num_inference_steps=index.sampler.num_inference_steps,
         eta=index.sampler.eta,
-        timestep_scale=index.diffusion.timestep_scale,
         num_classes=index.num_classes,
         guidance_scale=index.sampler.guidance_scale,
         use_clipped_model_output=index.sampler.clips_epsilon,

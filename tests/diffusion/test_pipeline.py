@@ -17,7 +17,6 @@ from torch._dynamo.utils import counters
 from tdc_ray.cli.main import run_command
 from tdc_ray.config.run import RunConfig
 from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
-from tdc_ray.diffusion.expert_set import ExpertSet
 from tdc_ray.diffusion.pipeline import ProgressivePipeline, base_pipeline, swapped_pipeline
 from tdc_ray.diffusion.pipeline_index import INDEX_FILE, PipelineIndex
 from tdc_ray.diffusion.plan import TimestepGroup, plan_groups
@@ -64,15 +63,14 @@ def test_an_index_without_a_text_encoder_is_as_before_there_was_one():
 def live(unets: Sequence[UNet2DModel], config: RunConfig = CONFIG) -> ProgressivePipeline:
     """A pipeline of experts that are in memory, made as a user would make it."""
     spans = [(group.first, group.last) for group in groups_of(config)]
-    experts = ExpertSet(unets, as_seen(config.diffusion, spans))
+    seen, scale = as_seen(config.diffusion, spans), config.diffusion.timestep_scale
     return ProgressivePipeline(
-        experts,
+        ExpertDenoiser(unets, seen, timestep_scale=scale),
         make_scheduler(config.diffusion, config.sampler),
         shape=(1, 8, 8),
         num_inference_steps=config.sampler.num_inference_steps,
         eta=config.sampler.eta,
         use_clipped_model_output=config.sampler.clips_epsilon,
-        timestep_scale=config.diffusion.timestep_scale,
     )
 
 

@@ -12,6 +12,7 @@ from diffusers import SchedulerMixin
 from tdc_ray.config.diffusion import DiffusionConfig
 from tdc_ray.config.plan import PlanConfig
 from tdc_ray.config.sampler import SamplerConfig
+from tdc_ray.diffusion.expert_denoiser import ExpertDenoiser
 from tdc_ray.diffusion.expert_set import ExpertSet
 from tdc_ray.diffusion.pipeline import ProgressivePipeline
 from tdc_ray.diffusion.plan import plan_groups
@@ -152,8 +153,10 @@ def test_copies_of_the_base_draw_the_images_that_the_loop_of_diffusers_draws(dif
     assert expected.isfinite().all()
     asked: list[float] = []
     for spans in ([(0, 999)], [(group.first, group.last) for group in plan.groups]):
-        experts = Recorder([random_unet() for _ in spans], as_seen(diffusion, spans))
-        pipeline = ProgressivePipeline(experts, scheduler, shape=(1, 8, 8))
+        seen = as_seen(diffusion, spans)
+        denoiser = ExpertDenoiser([random_unet() for _ in spans], seen)
+        denoiser.experts = experts = Recorder(list(denoiser.experts), seen)
+        pipeline = ProgressivePipeline(denoiser, scheduler, shape=(1, 8, 8))
         pipeline.set_progress_bar_config(disable=True)
         images = pipeline(2, num_inference_steps=STEPS, output_type="pt").images
         assert_same(images, expected)
