@@ -16,7 +16,7 @@ from tdc_ray.diffusion.expert_set import ExpertSet, Span, load_each_once
 from tdc_ray.diffusion.pipeline_index import PipelineIndex, experts_folder
 from tdc_ray.diffusion.schedule import as_seen
 from tdc_ray.errors import CheckpointError, ConfigError
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import SHAPES, NetworkConfig
 from tdc_ray.models.saved_denoiser import (
     SavedDenoiser,
     SavedGroup,
@@ -74,7 +74,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         timestep_scale: float = 1.0,
         offload: bool = False,
     ) -> None:
-        """Wrap networks of one class and config, pruned or not.
+        """Wrap networks of one class and of equal inputs and outputs, pruned or not.
 
         Args:
             experts: The networks.
@@ -88,7 +88,7 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
                 the device of :meth:`to`; for inference.
 
         Raises:
-            ConfigError: They are of several configs, or take no timestep.
+            ConfigError: They are of several shapes, or take no timestep.
         """
         super().__init__()
         if not len(experts) == len(spans) == len(kept or spans) > 0:
@@ -107,9 +107,9 @@ class ExpertDenoiser(ModelMixin, ConfigMixin):  # type: ignore[misc]  # diffuser
         if "timestep" not in self._signature.parameters:
             raise ConfigError(f"experts must take a timestep, got a {type(experts[0]).__name__}.")
         configs = [plain_config(expert) for expert in experts]
-        for config in configs:
-            if differing := sorted(k for k in config if config.get(k) != configs[0].get(k)):
-                raise ConfigError(f"experts must be of one config, got several {differing[0]}.")
+        for key in SHAPES:
+            if len(found := {str(config.get(key)) for config in configs}) > 1:
+                raise ConfigError(f"experts must have one {key}, got {', '.join(sorted(found))}.")
         self.experts = ExpertSet(experts, spans)
         self.kept: Sequence[KeptIndices] = kept or [{}] * len(experts)
         self.base = configs[0] if base is None else base

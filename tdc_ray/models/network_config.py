@@ -89,6 +89,15 @@ class FirstStageConfig(TypedDict, total=False):
     _class_name: str
 
 
+SHAPES = (
+    "sample_size",
+    "in_channels",
+    "out_channels",
+    "num_class_embeds",
+    "num_embeds_ada_norm",
+)
+"""Settings that networks have in common which take each other's place."""
+
 OWN_SETTINGS = ("num_heads", "num_heads_upsample", "timestep_channels")
 """Settings of ``NetworkConfig`` that are no arguments of diffusers'."""
 

@@ -398,13 +398,23 @@ def test_what_could_not_be_loaded_the_same_is_not_saved(tmp_path):
         copies(random_unet()).save_pretrained(tmp_path)
 
 
+@torch.no_grad()
+def test_networks_of_other_widths_go_together_and_are_not_saved(tmp_path):
+    networks = [random_unet(), random_unet({**TINY, "block_out_channels": (16, 48)})]
+    denoiser, x_t = ExpertDenoiser(networks, SPANS[:2]), torch.randn(2, 1, 8, 8)
+    for network, (first, _) in zip(networks, SPANS[:2], strict=True):
+        assert_same(denoiser(x_t, first).sample, network(x_t, first).sample)
+    with pytest.raises(ConfigError, match="is not the network that its config describes"):
+        denoiser.save_pretrained(tmp_path / "out")
+
+
 def test_experts_must_go_together():
     unet = random_unet()
     with pytest.raises(ConfigError, match="got 1 experts, 3 spans"):
         ExpertDenoiser([unet], SPANS)
-    wider = random_unet({**TINY, "block_out_channels": (16, 48)})
-    with pytest.raises(ConfigError, match="one config, got several block_out_channels"):
-        ExpertDenoiser([unet, wider], SPANS[:2])
+    coloured = random_unet({**TINY, "in_channels": 3})
+    with pytest.raises(ConfigError, match="must have one in_channels, got 1, 3"):
+        ExpertDenoiser([unet, coloured], SPANS[:2])
     for overlapping in ([(0, 500), (500, 999)], [(400, 0), (401, 999)]):
         with pytest.raises(ConfigError, match="spans must be first and last timestep of each"):
             ExpertDenoiser([unet, unet], overlapping)

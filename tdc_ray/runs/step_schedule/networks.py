@@ -20,7 +20,7 @@ from tdc_ray.models.denoiser import Denoiser
 from tdc_ray.models.families import load_config, load_network
 from tdc_ray.models.finite import check_finite
 from tdc_ray.models.macs import macs_polynomials
-from tdc_ray.models.network_config import NetworkConfig
+from tdc_ray.models.network_config import SHAPES, NetworkConfig
 from tdc_ray.models.saved_expert import CONFIG_FILE, WEIGHTS_FILE, SavedExpert, load_expert
 from tdc_ray.models.structure import network_structure, units_for
 from tdc_ray.models.units import widths_of
@@ -243,8 +243,7 @@ def _check_shape(folder: Path, base: Mapping[str, object]) -> None:
             f"{display_path(folder)}."
         )
     unet = SavedExpert.load(folder).unet
-    keys = "sample_size", "in_channels", "out_channels", "num_class_embeds", "num_embeds_ada_norm"
-    for key in keys:
+    for key in SHAPES:
         if unet.get(key) != base.get(key):
             raise ConfigError(
                 f"--networks {display_path(folder)} must have the run's {key} {base.get(key)}, "

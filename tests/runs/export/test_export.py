@@ -194,7 +194,8 @@ def test_an_expert_is_rebuilt_from_its_tensors_and_numbers(tmp_path, name):
     units, base = units_of(config, "full"), random_unet(config)
     kept = random_kept(units, 1)
     first = run_dir.experts / "expert-00"
-    save_expert(first, cut(base, units, kept), config, kept)
+    for folder in run_dir.experts.glob("expert-*"):
+        save_expert(folder, cut(base, units, kept), config, kept)
     export_run(run_dir.root, tmp_path / "out")
     noise, timesteps = torch.randn(2, 1, 8, 8), torch.tensor([3, 9])
     with torch.inference_mode():
