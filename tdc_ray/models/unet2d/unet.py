@@ -13,10 +13,15 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.embeddings import Timesteps
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from tdc_ray.errors import CheckpointError, UnsupportedModelError, is_from_outside
-from tdc_ray.models.diffusers_folder import MALFORMED, OWN_WEIGHTS_FILE, load_pretrained
+from tdc_ray.models.diffusers_folder import (
+    MALFORMED,
+    OWN_WEIGHTS_FILE,
+    load_pretrained,
+    weight_files,
+)
 from tdc_ray.models.network_config import OWN_SETTINGS, NetworkConfig, num_heads_of
 from tdc_ray.models.unet2d.config_file import OWN_FILE
 from tdc_ray.storage.files import atomic_path, fetch, read_json, write_json
@@ -60,9 +65,9 @@ def _own_settings(unet: UNet2DModel) -> dict[str, int]:
     """Return the settings that diffusers would build otherwise of the config alone."""
     with torch.device("meta"):
         plain = UNet2DModel.from_config(unet.config)
-    channels = unet.time_proj.num_channels
+    channels = unet.time_embedding.linear_1.in_features
     settings = _heads(unet, plain)
-    if channels != plain.time_proj.num_channels:
+    if channels != plain.time_embedding.linear_1.in_features:
         settings["timestep_channels"] = channels
     return settings
 
@@ -114,18 +119,21 @@ def load_unet(folder: Path) -> UNet2DModel:
     """
     if not (fetch(folder) / "config.json").exists():
         raise CheckpointError(f"{display_path(folder)} holds no model: config.json is missing.")
-    if (weights := folder / OWN_WEIGHTS_FILE).exists():
-        return _load_own(folder, weights)
+    if (folder / OWN_FILE).exists():
+        return _load_own(folder)
     unet: UNet2DModel = load_pretrained(UNet2DModel, folder)
-    _set_heads(unet, unet_config(folder))  # of a folder that an earlier version saved
     return unet
 
 
-def _load_own(folder: Path, weights: Path) -> UNet2DModel:
+def _load_own(folder: Path) -> UNet2DModel:
     """Load a UNet that diffusers does not load."""
+    _, files = weight_files(folder)  # an earlier version's are under diffusers' names
+    state: dict[str, Tensor] = {}
     try:
+        for file in files:
+            state |= load_file(file)
         unet = build_unet(unet_config(folder))
-        unet.load_state_dict(load_file(weights))
+        unet.load_state_dict(state)
     except (OSError, SafetensorError, *MALFORMED) as error:
         if is_from_outside(error):
             raise

@@ -2,12 +2,19 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DiTPipeline,
+    UNet2DModel,
+)
 
 import tdc_ray as tdc
 from tdc_ray.config.budget import BudgetConfig
 from tdc_ray.config.run import to_json
-from tdc_ray.errors import CheckpointError, ConfigError
+from tdc_ray.errors import CheckpointError, ConfigError, UnsupportedModelError
 from tdc_ray.models.first_stage import load_autoencoder
 from tdc_ray.models.unet2d.unet import build_unet, load_unet, save_unet
 from tdc_ray.storage.files import write_json
@@ -63,11 +70,18 @@ def test_a_dit_in_memory_is_copied_with_its_first_stage(tmp_path):
         assert_same(network.state_dict(), dit.state_dict())
 
 
-def test_heads_and_layout_in_memory_are_kept():
-    unet = build_unet({**TINY, "num_heads": 4}).to(memory_format=torch.channels_last)
+def test_what_diffusers_cannot_say_and_the_layout_in_memory_are_kept():
+    unet = build_unet({**TINY, "num_heads": 4, "timestep_channels": 40})
+    unet.to(memory_format=torch.channels_last)
     base = tdc.load_base(unet, scheduler=NOISE)
     assert unet.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
-    assert base.network["num_heads"] == 4
+    assert (base.network["num_heads"], base.network["timestep_channels"]) == (4, 40)
+
+
+def test_timesteps_in_memory_that_are_embedded_otherwise_are_refused_by_name():
+    base = tdc.load_base(UNet2DModel(**TINY, time_embedding_type="fourier"), scheduler=NOISE)
+    with pytest.raises(UnsupportedModelError, match="time_embedding_type fourier is not"):
+        _ = base.macs
 
 
 def test_a_network_of_no_known_class_is_refused_before_it_is_saved():

@@ -5,8 +5,8 @@
 
 The original builds the networks of its README's diffusion models, narrower and with random weights
 (none stays at its initial 0), and what ``tdc-ray import openai:FILE`` makes of their files is held
-against them in float32. At their full width, without weights, the parameters are counted that a
-network of the config that their shapes tell has.
+against them in float32. At their full width, without weights, parameters and macs are counted: the
+original's, and those of a network of the config that its shapes tell.
 """
 
 import argparse
@@ -20,13 +20,16 @@ from typing import Any
 import torch
 from rich.console import Console
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from tdc_ray.cli.parse import parse
 from tdc_ray.models.checkpoints.openai import config_from_state_dict
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.structure import network_structure
 from tdc_ray.models.unet2d.unet import load_unet
 from tdc_ray.storage.files import write_json
 from tdc_ray.storage.provenance import commit, machine
+from tests.models.counting import COUNTED
 
 SHARED = {"attention_resolutions": "32,16,8", "learn_sigma": True}
 SHARED |= {"resblock_updown": True, "use_scale_shift_norm": True}
@@ -136,20 +139,30 @@ def compared(original: Any, flags: Mapping[str, Any]) -> dict[str, float]:
     expected: Tensor = network(x, timesteps, labels)
     found: Tensor = imported(x, timesteps, class_labels=labels).sample
     return {
-        "num_params": sum(one.numel() for one in network.parameters()),
+        "num_params": count_params(network),
         "std": expected.std().item(),
         "max_difference": (found - expected).abs().max().item(),
     }
 
 
 def told(original: Any, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Derive a wide network's config from its shapes, and count its parameters."""
-    with torch.device("meta"):
+    """Derive a wide network's config from its shapes, and count its parameters and macs."""
+    size, labels = flags["image_size"], None
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
         network = create(original, flags)
-    found: dict[str, Any] = {"num_params": sum(one.numel() for one in network.parameters())}
+        if flags.get("class_cond"):
+            labels = torch.zeros(1, dtype=torch.long)
+        network(torch.zeros(1, 3, size, size), torch.zeros(1), labels)
+    flops = counter.get_flop_counts()["Global"]
     config = config_from_state_dict(network.state_dict())
-    config["sample_size"] = flags["image_size"]
-    return found | {"num_params_told": network_structure(config).num_params}
+    config["sample_size"] = size
+    structure = network_structure(config)
+    return {
+        "num_params": count_params(network),
+        "num_params_told": structure.num_params,
+        "macs": sum(flops.get(operation, 0) for operation in COUNTED) // 2,
+        "macs_told": structure.macs,
+    }
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tdc_ray.errors import CheckpointError
 from tdc_ray.models.checkpoints.openai import config_from_state_dict, original_shapes, to_diffusers
+from tdc_ray.models.denoiser import count_params
 from tdc_ray.models.network_config import NetworkConfig
 from tdc_ray.models.unet2d.architectures import (
     ARCHITECTURES,
@@ -14,6 +15,8 @@ from tdc_ray.models.unet2d.architectures import (
 )
 from tdc_ray.models.unet2d.unet import build_unet
 from tests.models.checkpoints.openai_reference import OpenAIUNet, randomise
+from tests.models.counting import count_macs
+from tests.small import sizes
 
 TOLD = ("in_channels", "out_channels", "layers_per_block", "block_out_channels")
 TOLD += ("down_block_types", "up_block_types")
@@ -128,6 +131,24 @@ def test_a_named_architecture_has_as_many_tensors_and_is_told_by_their_shapes(na
         unet = build_unet(config)
     shapes = {name: value.shape for name, value in weights.items()}
     assert shapes == {name: value.shape for name, value in unet.state_dict().items()}
+
+
+def test_adms_512_is_told_by_its_shapes_and_embeds_timesteps_in_256_channels():
+    with torch.device("meta"):
+        original = OpenAIUNet(
+            (128, 256, 256, 512, 512, 1024, 1024),
+            timestep_channels=256,
+            attention_at=(4, 5, 6),
+            head_channels=64,
+            num_classes=1000,
+            resblock_updown=True,
+        )
+        config = {**with_head_channels(told(original), 64), "sample_size": 512}
+        unet = build_unet(config)
+    assert unet.time_proj.num_channels == 256
+    # By the original code: experiments/results/adm_import.json
+    assert sizes(config) == (558_997_638, 1_976_244_633_600)
+    assert sizes(config) == (count_params(unet), count_macs(unet))
 
 
 def test_the_keys_are_those_of_improved_diffusion():

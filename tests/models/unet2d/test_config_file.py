@@ -13,6 +13,7 @@ from tdc_ray.models.unet2d.architectures import architecture
 from tdc_ray.models.unet2d.config_file import UNetConfigFile
 from tdc_ray.models.unet2d.unet import build_unet, save_unet
 from tdc_ray.models.unet2d_condition.config_file import UNetConditionConfigFile
+from tdc_ray.storage.files import write_json
 from tests.small import TINY, random_unet, sizes
 
 
@@ -52,6 +53,13 @@ def test_a_number_of_heads_beside_the_file_counts(tmp_path):
     config = {**TINY, "num_heads": 4}
     save_unet(build_unet(config), tmp_path / "unet")
     assert read_network(str(tmp_path / "unet"))["num_heads"] == 4
+
+
+def test_settings_of_our_own_are_checked_by_name(tmp_path):
+    write(tmp_path, TINY)
+    write_json(tmp_path / "tdc_heads.json", {"timestep_channels": 0})
+    with pytest.raises(ConfigError, match=r"timestep_channels must be at least 1, got 0"):
+        read_network(str(tmp_path))
 
 
 def test_a_pair_of_equal_sides_is_one(tmp_path):

@@ -84,8 +84,9 @@ def test_a_unet_that_diffusers_would_build_otherwise_is_refused_by_it(tmp_path, 
         UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
 
 
-def test_heads_that_are_those_of_the_config_load_in_diffusers(tmp_path):
-    unet = random_unet({**TINY, "num_heads": 2})  # of 16 channels, as TINY says
+@pytest.mark.parametrize("own", [{"num_heads": 2}, {"timestep_channels": 16}], ids=str)
+def test_what_is_as_the_config_has_it_loads_in_diffusers(tmp_path, own):
+    unet = random_unet({**TINY, **own})  # TINY has heads, and a first level, of 16 channels
     save_unet(unet, tmp_path / "unet")
     loaded = UNet2DModel.from_pretrained(tmp_path / "unet", low_cpu_mem_usage=False)
     assert_same(output_of(loaded.eval()), output_of(unet))
@@ -96,6 +97,20 @@ def test_heads_that_an_earlier_version_saved_beside_diffusers_weights_count(tmp_
     unet.save_pretrained(tmp_path / "unet")
     write_json(tmp_path / "unet/tdc_heads.json", {"num_heads": 4})
     assert_same(output_of(load_unet(tmp_path / "unet")), output_of(unet))
+
+
+def test_settings_of_our_own_that_the_weights_are_not_of_are_a_checkpoint_error(tmp_path):
+    random_unet().save_pretrained(tmp_path / "unet")
+    write_json(tmp_path / "unet/tdc_heads.json", {"timestep_channels": 48})
+    with pytest.raises(CheckpointError, match=r"(?s)damaged UNet2DModel.*linear_1\.weight"):
+        load_unet(tmp_path / "unet")
+
+
+def test_own_weights_without_their_settings_are_a_checkpoint_error(tmp_path):
+    save_unet(random_unet(FOUR_HEADS), tmp_path / "unet")
+    (tmp_path / "unet/tdc_heads.json").unlink()
+    with pytest.raises(CheckpointError, match="unet holds no UNet2DModel in safetensors"):
+        load_unet(tmp_path / "unet")
 
 
 def test_own_weights_that_are_cut_short_are_a_checkpoint_error(tmp_path):

@@ -915,12 +915,17 @@ def test_a_mismatch_with_the_preset_names_the_architecture_that_fits(tmp_path):
     assert (settings["sample_size"], settings["attention_head_dim"]) == (32, 64)
 
 
+@pytest.mark.parametrize(
+    "changes", [{}, {"resblock_updown": True, "timestep_channels": 64}], ids=["iddpm", "adm-512"]
+)
 @torch.inference_mode()
-def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path):
-    base = resolve_base(openai_file(tmp_path))
+def test_an_openai_file_is_imported_with_the_heads_that_are_named(tmp_path, changes):
+    base = resolve_base(openai_file(tmp_path, **changes))
     config = apply_settings(base.settings, with_heads(), with_data=True)
     import_base(base, config, tmp_path / "base")
-    unet, original = load_unet(tmp_path / "base/unet"), randomised()
+    unet = load_unet(tmp_path / "base/unet")
+    torch.manual_seed(0)
+    original = randomise(OpenAIUNet(**changes), 0)
     x, timesteps = torch.randn(2, 3, 16, 16), torch.tensor([0.25, 999.75])
     assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
     document = read_json(tmp_path / "base/base.json")
@@ -951,11 +956,6 @@ def test_the_flags_of_an_openai_file_reach_its_import(tmp_path):
         assert (unet(x, timesteps).sample - original(x, timesteps)).abs().max() < 1e-4
         (note,) = base_notes(base, config.diffusion, config.sampler)
         assert "does not say what it predicts (epsilon is taken, unless --diffusion" in note
-
-
-def randomised() -> OpenAIUNet:
-    torch.manual_seed(0)
-    return randomise(OpenAIUNet(), 0)
 
 
 def test_heads_are_refused_for_a_base_that_tells_its_own(tmp_path):
