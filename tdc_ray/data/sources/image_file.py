@@ -45,6 +45,7 @@ UNREADABLE = (
     RuntimeError,
     ArithmeticError,
     AttributeError,
+    AssertionError,
     struct.error,
     Image.DecompressionBombError,
 )

@@ -274,3 +274,14 @@ def test_a_kind_of_pixels_that_pillow_does_not_know_is_a_corrupt_file(tmp_path):
     for read in (lambda: read_pixels(path, 3), lambda: stored_shape(path)):
         with pytest.raises(CorruptFileError, match=r"a\.dds is no readable image"):
             read()
+
+
+def test_a_png_of_a_palette_that_it_lacks_is_a_corrupt_file(tmp_path):
+    Image.new("P", (4, 4)).save(tmp_path / "a.png")
+    content = (tmp_path / "a.png").read_bytes()
+    start = content.index(b"PLTE") - 4
+    length = int.from_bytes(content[start : start + 4])
+    (tmp_path / "a.png").write_bytes(content[:start] + content[start + 12 + length :])
+    assert read_header(tmp_path / "a.png") is None
+    with pytest.raises(CorruptFileError, match="is no readable image"):
+        read_pixels(tmp_path / "a.png", 3)
