@@ -113,8 +113,10 @@ class OffloadedExperts(nn.Module):
             self._stream.synchronize()
             return unet
         nn.Module.to(unet, dtype=dtype)
-        for parameter in unet.parameters():
-            parameter.sum()  # reads the pages of the mapped file now, not in the first step
+        # This reads the mapped file now, not in the first step, to aligned addresses: sums of
+        # numbers at others may differ by rounding from those of experts that are in memory.
+        for tensor in (*unet.parameters(), *unet.buffers()):
+            tensor.data = tensor.data.clone()
         return unet
 
 
