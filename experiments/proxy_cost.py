@@ -11,6 +11,7 @@ from tdc_ray.pruning.proxies.offline import offline_proxy, propose_offline
 from tdc_ray.pruning.proxy import Proposal, Proxy, Round
 from tdc_ray.pruning.result import SearchCost, SearchResult, schemes_by_source
 from tdc_ray.pruning.tasks.candidates import FINAL
+from tdc_ray.runs.results import GroupResult
 
 
 def offline_again(search: GroupSearch, round_: Round, cost: SearchCost) -> Chain[None]:
@@ -25,7 +26,7 @@ ALONE: Mapping[ProxyMethod, Proxy] = {"offline": offline_proxy, "llm": offline_a
 measurements and as many finalists."""
 
 
-def excess_loss(result: SearchResult) -> float:
+def excess_loss(result: SearchResult | GroupResult) -> float:
     """Return the increase of the loss with what a search chose, on held-out images and noise."""
     loss = result.loss_cut if result.loss_refit is None else result.loss_refit
     return loss - result.loss_base

@@ -68,14 +68,6 @@ def excess_of_offline(flags: ProxyFlags, folder: Path, seed: int) -> float:
     return fmean(map(excess_loss, found.values()))
 
 
-def excess_of_run(results: Results) -> float:
-    """Return the mean excess loss of a run's refitted experts."""
-    return fmean(
-        (group.loss_cut if group.loss_refit is None else group.loss_refit) - group.loss_base
-        for group in results.groups
-    )
-
-
 def steps_of(flags: ProxyFlags, folder: Path, seed: int) -> dict[str, Row]:
     """Choose a network for every sampling step of a run, in two ways."""
     how = StepFlags(budgets=(BUDGET,))
@@ -94,7 +86,7 @@ def main(flags: ProxyFlags) -> None:
     seconds, note, gain = [seconds_of(results) for results in found], "", None
     if flags.proxy == "llm":
         gain = fmean(
-            excess_of_run(one) - excess_of_offline(flags, folder, seed)
+            fmean(map(excess_loss, one.groups)) - excess_of_offline(flags, folder, seed)
             for seed, one in zip(flags.seeds, found, strict=True)
         )
         prunes = [results.prune for results in found]
